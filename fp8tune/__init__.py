@@ -1,0 +1,96 @@
+"""fp8tune: float8 training exactly where it is faster, measured instead of guessed.
+
+::
+
+    model --screen--> Candidates --capture--> Samples --measure--> Measurements
+          --consensus--> Measurements (the same on every rank) --decide--> a Plan
+          --convert--> the model, frozen, then compiled
+          cache and report record it
+
+``AutoFloat8`` runs these stages inside a training run. Names are imported when they are
+first used, so that importing fp8tune costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fp8tune.auto import AutoFloat8
+    from fp8tune.config import OnShapeChange, StaticFilter, Timing, TuneConfig
+    from fp8tune.errors import (
+        AlreadyCompiledError,
+        CacheError,
+        CompiledTooEarlyError,
+        ConfigError,
+        Fp8TuneError,
+        ModelError,
+        PhaseError,
+        PlanMismatchError,
+        UnknownRecipeError,
+    )
+    from fp8tune.plan import Plan
+    from fp8tune.recipes import Recipe, get_recipe, recipe_names, register_recipe
+    from fp8tune.records import Decision, Reason, Signature, Verdict
+    from fp8tune.tuner import Phase
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AlreadyCompiledError": "errors",
+    "AutoFloat8": "auto",
+    "CacheError": "errors",
+    "CompiledTooEarlyError": "errors",
+    "ConfigError": "errors",
+    "Decision": "records",
+    "Fp8TuneError": "errors",
+    "ModelError": "errors",
+    "OnShapeChange": "config",
+    "Phase": "tuner",
+    "PhaseError": "errors",
+    "Plan": "plan",
+    "PlanMismatchError": "errors",
+    "Reason": "records",
+    "Recipe": "recipes",
+    "Signature": "records",
+    "StaticFilter": "config",
+    "Timing": "config",
+    "TuneConfig": "config",
+    "UnknownRecipeError": "errors",
+    "Verdict": "records",
+    "get_recipe": "recipes",
+    "recipe_names": "recipes",
+    "register_recipe": "recipes",
+}
+
+__all__ = [
+    "AlreadyCompiledError",
+    "AutoFloat8",
+    "CacheError",
+    "CompiledTooEarlyError",
+    "ConfigError",
+    "Decision",
+    "Fp8TuneError",
+    "ModelError",
+    "OnShapeChange",
+    "Phase",
+    "PhaseError",
+    "Plan",
+    "PlanMismatchError",
+    "Reason",
+    "Recipe",
+    "Signature",
+    "StaticFilter",
+    "Timing",
+    "TuneConfig",
+    "UnknownRecipeError",
+    "Verdict",
+    "get_recipe",
+    "recipe_names",
+    "register_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

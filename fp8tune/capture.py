@@ -1,0 +1,228 @@
+"""Stage 2: what each candidate was called with, seen by hooks during warmup.
+
+The hooks only look. They return nothing, keep detached copies instead of the tensors
+themselves, and hang the gradient's hook on the output, which adds no node to the graph.
+
+A *pass* is one forward of the model with gradients enabled. Its output carries a hook
+that marks it as soon as backward reaches it, and that dies with the graph; so passes
+that still wait for their backward can be told from those that will never get one.
+"""
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from fp8tune.linears import dtype_name
+from fp8tune.memory import is_out_of_memory
+from fp8tune.records import Candidate, Sample, Shape, Signature
+
+__all__ = ["Capture", "in_backward"]
+
+logger = logging.getLogger("fp8tune")
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass on this thread.
+
+    torch has no public call for this; torch.utils.checkpoint uses the same one.
+    """
+    core = torch._C  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    graph_task = getattr(core, "_current_graph_task_id", None)
+    return graph_task is not None and graph_task() != -1
+
+
+class _Pass:
+    """One forward of the model, alive as long as its graph is."""
+
+    __slots__ = ("__weakref__", "backward_seen")
+
+    def __init__(self) -> None:
+        self.backward_seen = False
+
+
+class Capture:
+    """Watches the candidates of a model from construction until ``close``.
+
+    Args:
+        module: the model.
+        candidates: the Linears to watch.
+        budget_bytes: bytes of tensors that may be kept; signatures past it are timed
+            with random numbers.
+    """
+
+    def __init__(
+        self, module: nn.Module, candidates: Sequence[Candidate], budget_bytes: int
+    ) -> None:
+        self.steps = 0
+        self._budget = budget_bytes
+        self._active = False
+        self._backward_seen = False
+        self._passes: list[weakref.ref[_Pass]] = []
+        self._forwards: dict[str, Counter[Signature]] = {}
+        self._recomputes: dict[str, Counter[Signature]] = {}
+        self._linears: dict[Shape, nn.Linear] = {}
+        self._inputs: dict[Shape, torch.Tensor | None] = {}
+        self._grads: dict[Shape, torch.Tensor | None] = {}
+        self._handles = [self._watch(candidate) for candidate in candidates]
+        self._handles.append(module.register_forward_hook(self._forward_ended))
+
+    def _watch(self, candidate: Candidate) -> RemovableHandle:
+        hook = partial(self._linear_called, candidate.fqn)
+        return candidate.linear.register_forward_hook(hook, with_kwargs=True)
+
+    def begin_forward(self, *, training: bool) -> None:
+        """Called before every forward of the model; counts completed training steps.
+
+        Args:
+            training: whether this forward belongs to a training step.
+        """
+        self._active = training
+        if training and self._backward_seen:
+            self.steps += 1
+            self._backward_seen = False
+
+    @property
+    def called(self) -> bool:
+        """Whether any candidate was called in a training step."""
+        return bool(self._forwards)
+
+    @property
+    def waiting(self) -> int:
+        """Passes whose graph is alive and whose backward has not begun."""
+        alive = [x for ref in self._passes if (x := ref()) and not x.backward_seen]
+        self._passes = [weakref.ref(x) for x in alive]
+        return len(alive)
+
+    def close(self) -> None:
+        """Remove every hook and let go of every tensor."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._active = False
+        self.release_tensors()
+        self._linears.clear()
+
+    def release_tensors(self) -> None:
+        """Let go of the captured tensors and capture no more of them."""
+        self._budget = 0
+        self._inputs = dict.fromkeys(self._inputs)
+        self._grads = dict.fromkeys(self._grads)
+
+    def calls(self, fqn: str) -> tuple[tuple[Signature, int], ...]:
+        """How often a candidate was called with which signature, sorted."""
+        forwards = self._forwards.get(fqn, Counter())
+        merged: Counter[Signature] = Counter()
+        for signature, count in forwards.items():
+            merged[self._with_recompute(fqn, signature)] += count
+        return tuple(sorted(merged.items()))
+
+    def _with_recompute(self, fqn: str, signature: Signature) -> Signature:
+        # Reentrant checkpointing runs the first forward without gradients; which of them
+        # are needed only shows when it is repeated.
+        repeats = self._recomputes.get(fqn, Counter())
+        for repeat in repeats:
+            if repeat.shape == signature.shape:
+                return repeat
+        return signature
+
+    def sample(self, signature: Signature) -> Sample:
+        """The signature with the tensors that were kept for its shape."""
+        shape = signature.shape
+        return Sample(
+            signature,
+            self._linears[shape],
+            self._inputs.get(shape),
+            self._grads.get(shape),
+        )
+
+    def _forward_ended(self, module: nn.Module, args: object, output: object) -> None:
+        del module, args
+        if not self._active:
+            return
+        self._active = False
+        this_pass = _Pass()
+        self._passes.append(weakref.ref(this_pass))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                leaf.register_hook(partial(self._pass_reached, this_pass))
+
+    def _pass_reached(self, this_pass: _Pass, grad: torch.Tensor) -> None:
+        del grad
+        this_pass.backward_seen = self._backward_seen = True
+
+    def _linear_called(
+        self,
+        fqn: str,
+        linear: nn.Linear,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: torch.Tensor,
+    ) -> None:
+        recompute = in_backward()
+        tensor = args[0] if args else kwargs["input"]
+        if not (self._active or recompute) or tensor.numel() == 0:
+            return
+        signature = _signature(linear, tensor, recompute=recompute)
+        calls = self._recomputes if recompute else self._forwards
+        calls.setdefault(fqn, Counter())[signature] += 1
+        self._linears.setdefault(signature.shape, linear)
+        self._keep(self._inputs, signature.shape, tensor)
+        if output.requires_grad:
+            output.register_hook(partial(self._gradient_seen, signature.shape))
+
+    def _gradient_seen(self, shape: Shape, grad: torch.Tensor) -> None:
+        self._backward_seen = True
+        self._keep(self._grads, shape, grad)
+
+    def _keep(
+        self,
+        store: dict[Shape, torch.Tensor | None],
+        shape: Shape,
+        tensor: torch.Tensor,
+    ) -> None:
+        if store.get(shape) is not None or tensor.nbytes > self._budget:
+            return
+        try:
+            # A copy, since the model may change the tensor in place afterwards.
+            store[shape] = tensor.detach().clone()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.info("no memory to keep tensors for timing; using random numbers")
+            self.release_tensors()
+        else:
+            self._budget -= tensor.nbytes
+
+
+def _signature(
+    linear: nn.Linear, tensor: torch.Tensor, *, recompute: bool
+) -> Signature:
+    n, k = linear.weight.shape
+    device_type = tensor.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else None
+    shape = Shape(
+        m=tensor.numel() // k,
+        k=k,
+        n=n,
+        input_dtype=dtype_name(tensor.dtype),
+        weight_dtype=dtype_name(linear.weight.dtype),
+        autocast_dtype=dtype_name(dtype) if dtype else None,
+        bias=linear.bias is not None,
+    )
+    grad = torch.is_grad_enabled()
+    return Signature(
+        shape,
+        grad_input=grad and tensor.requires_grad,
+        grad_weight=grad and linear.weight.requires_grad,
+        grad_bias=grad and linear.bias is not None and linear.bias.requires_grad,
+        recompute=recompute,
+    )

@@ -1,0 +1,116 @@
+"""Arguments and models that cannot work are refused before anything is changed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8tune.compiling import is_compiled
+from fp8tune.config import TuneConfig
+from fp8tune.errors import AlreadyCompiledError, ConfigError, ModelError
+from fp8tune.linears import dtype_name, named_linears
+from fp8tune.recipes import Recipe
+from fp8tune.records import Candidate, LeftOut, Reason
+
+__all__ = ["check_arguments", "check_model", "check_recipe_fits"]
+
+
+def check_arguments(
+    *, warmup_steps: Any, filter_fqns: Any, compile: Any, config: Any
+) -> None:
+    """Refuse what AutoFloat8 cannot have been meant to get.
+
+    Raises:
+        ConfigError: says which argument, what it is, and what it must be.
+    """
+    if not isinstance(warmup_steps, int) or warmup_steps < 1:
+        raise ConfigError(
+            f"warmup_steps is {warmup_steps!r}; it must be an int of at least 1, since "
+            "layers are timed on what a training step calls them with"
+        )
+    if isinstance(filter_fqns, str) or not isinstance(filter_fqns, Sequence):
+        raise ConfigError(
+            f"filter_fqns is {filter_fqns!r}; it must be a list of substrings of names, "
+            'for example ["output"]'
+        )
+    if not isinstance(compile, bool | Mapping) and not callable(compile):
+        raise ConfigError(
+            f"compile is {compile!r}; it must be a bool, a dict of torch.compile options "
+            "or a callable that takes the module"
+        )
+    if not isinstance(config, TuneConfig):
+        raise ConfigError(f"config is {config!r}; it must be a fp8tune.TuneConfig")
+
+
+def check_model(module: Any) -> torch.device:
+    """Refuse a model in which nothing could be tuned.
+
+    Returns:
+        The device of its first Linear.
+
+    Raises:
+        ModelError: no Linear, Linears on the meta device, or more than one rank.
+        AlreadyCompiledError: a compiled region holds Linears.
+    """
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"module is {module!r}; it must be an nn.Module")
+    linears = list(named_linears(module))
+    if not linears:
+        raise ModelError(
+            f"{type(module).__name__} holds no nn.Linear, so there is nothing to "
+            "convert; pass the model that does"
+        )
+    _refuse_compiled(module)
+    device = next(linears[0][1].parameters()).device
+    if device.type == "meta":
+        raise ModelError(
+            "the model is on the meta device and cannot be timed; materialise it first, "
+            "or apply an earlier plan with Plan.apply"
+        )
+    _refuse_many_ranks()
+    return device
+
+
+def _refuse_compiled(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if is_compiled(child) and any(named_linears(child)):
+            raise AlreadyCompiledError(
+                f"{name or 'the model'} ({type(child).__name__}) is compiled already, so "
+                "its Linears cannot be watched or reverted. Pass the model before "
+                "torch.compile and give compile=True, a dict of options or a callable "
+                "to AutoFloat8"
+            )
+
+
+def _refuse_many_ranks() -> None:
+    distributed = (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    )
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise ModelError(
+            f"{torch.distributed.get_world_size()} ranks are running, and this version "
+            "tunes a single process only: ranks could end with different plans. Tune "
+            "in one process, save the plan, and call Plan.apply on every rank"
+        )
+
+
+def check_recipe_fits(screened: Sequence[Candidate | LeftOut], recipe: Recipe) -> None:
+    """Refuse a recipe that takes the weights of no layer.
+
+    Raises:
+        ModelError: every Linear that it looked at has a dtype that it does not take.
+    """
+    wrong = [x for x in screened if _has_wrong_dtype(x)]
+    if wrong and not any(isinstance(x, Candidate) for x in screened):
+        dtypes = {dtype_name(x.linear.weight.dtype) for x in wrong}
+        raise ModelError(
+            f"recipe {recipe.name!r} is compared with {recipe.reference} and does not "
+            f"take the {', '.join(sorted(dtypes))} weights of this model's {len(wrong)} "
+            f"Linears; convert the model first, for example with "
+            f"model.to(torch.{recipe.reference})"
+        )
+
+
+def _has_wrong_dtype(record: Candidate | LeftOut) -> bool:
+    return isinstance(record, LeftOut) and record.reason is Reason.UNSUPPORTED_DTYPE

@@ -1,0 +1,64 @@
+"""Everything that fp8tune raises on purpose.
+
+::
+
+    Fp8TuneError
+    ├── ConfigError (ValueError)            an argument that cannot be right
+    │   └── UnknownRecipeError              a recipe name that nobody registered
+    ├── ModelError (ValueError)             a model that cannot be tuned as it is
+    │   └── AlreadyCompiledError            torch.compile came before the tuner
+    ├── PlanMismatchError (ValueError)      a plan made for another model
+    ├── CacheError (ValueError)             a file that cannot be read as a cache or plan
+    ├── PhaseError (RuntimeError)           a call that this phase does not allow
+    └── CompiledTooEarlyError (RuntimeError)  traced by torch.compile before the freeze
+
+Every message says what was found, what was expected and what to do.
+"""
+
+__all__ = [
+    "AlreadyCompiledError",
+    "CacheError",
+    "CompiledTooEarlyError",
+    "ConfigError",
+    "Fp8TuneError",
+    "ModelError",
+    "PhaseError",
+    "PlanMismatchError",
+    "UnknownRecipeError",
+]
+
+
+class Fp8TuneError(Exception):
+    """Base of every error that fp8tune raises on purpose."""
+
+
+class ConfigError(Fp8TuneError, ValueError):
+    """An argument has a value that cannot be right."""
+
+
+class UnknownRecipeError(ConfigError):
+    """A recipe was asked for by a name that nobody registered."""
+
+
+class ModelError(Fp8TuneError, ValueError):
+    """The model cannot be tuned as it is."""
+
+
+class AlreadyCompiledError(ModelError):
+    """The model was compiled before the tuner could see its Linears being called."""
+
+
+class PlanMismatchError(Fp8TuneError, ValueError):
+    """A plan was applied to a model whose Linears are not those of the plan."""
+
+
+class CacheError(Fp8TuneError, ValueError):
+    """A file cannot be read as what it should be; the message says where and why."""
+
+
+class PhaseError(Fp8TuneError, RuntimeError):
+    """A call or a transition that the current phase does not allow."""
+
+
+class CompiledTooEarlyError(Fp8TuneError, RuntimeError):
+    """The model was called under ``torch.compile`` while it was still being tuned."""

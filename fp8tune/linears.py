@@ -1,0 +1,38 @@
+"""The Linears of a model under the names that people use for them."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+__all__ = ["dtype_name", "named_linears", "normalize_fqn"]
+
+# Wrappers that put themselves between a module and its parent, so that the same layer
+# has one name in every run: torch.compile, activation checkpointing and FSDP1.
+_WRAPPER_PREFIXES = (
+    "_orig_mod.",
+    "_checkpoint_wrapped_module.",
+    "_fsdp_wrapped_module.",
+)
+
+
+def normalize_fqn(fqn: str) -> str:
+    """The name without what torch.compile, checkpointing and FSDP wrappers add."""
+    for prefix in _WRAPPER_PREFIXES:
+        fqn = fqn.replace(prefix, "")
+    return fqn
+
+
+def named_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every ``nn.Linear`` of the model, subclasses included, in model order.
+
+    A Linear that is used under several names comes once, under its first; a model that
+    is itself a Linear has the name "".
+    """
+    for fqn, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            yield normalize_fqn(fqn), child
+
+
+def dtype_name(dtype: object) -> str:
+    """``torch.bfloat16`` -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,28 @@
+"""How much memory there is, and whether an error means that it ran out."""
+
+import os
+
+import torch
+
+__all__ = ["default_capture_bytes", "is_out_of_memory"]
+
+# Small beside what a training step keeps alive anyway, and enough for the inputs and
+# output gradients of a block: 1.6 GB of 80.
+_CAPTURE_SHARE = 0.02
+
+
+def default_capture_bytes(device: torch.device) -> int:
+    """2% of the device's memory, in bytes."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(total * _CAPTURE_SHARE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that an allocation failed, on GPU or CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CPU allocator raises a bare RuntimeError.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,184 @@
+"""The plan: what became of every Linear, and how to do the same to another model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fp8tune import report
+from fp8tune.codec import decode, encode
+from fp8tune.errors import CacheError, PlanMismatchError
+from fp8tune.linears import named_linears, normalize_fqn
+from fp8tune.records import Decision, Verdict
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
+
+    from fp8tune.recipes import Recipe
+
+__all__ = ["PLAN_VERSION", "Plan"]
+
+# 1: first.
+PLAN_VERSION = 1
+_FORMAT = "fp8tune-plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions for one model, in model order, and what they are true of.
+
+    Attributes:
+        decisions: one per Linear, those left out included.
+        recipe: name of the recipe that was measured.
+        reference: name of the dtype that it was compared with.
+        emulated: the device had no GEMMs for the recipe and emulated them.
+        timing: "eager" or "compiled".
+        environment: sorted (field, value) pairs of hardware and software.
+    """
+
+    decisions: tuple[Decision, ...]
+    recipe: str
+    reference: str
+    emulated: bool
+    timing: str
+    environment: tuple[tuple[str, str], ...]
+
+    def __getitem__(self, fqn: str) -> Decision:
+        """The decision for one Linear.
+
+        Raises:
+            KeyError: the model had no Linear of that name.
+        """
+        for decision in self.decisions:
+            if decision.fqn == normalize_fqn(fqn):
+                return decision
+        raise KeyError(f"no Linear {fqn!r} in this plan of {len(self.decisions)}")
+
+    @property
+    def float8_fqns(self) -> list[str]:
+        """Names of the Linears that are converted, in model order."""
+        return [x.fqn for x in self.decisions if x.verdict is Verdict.FLOAT8]
+
+    @property
+    def reference_fqns(self) -> list[str]:
+        """Names of the Linears that stay in high precision, in model order."""
+        return [x.fqn for x in self.decisions if x.verdict is Verdict.REFERENCE]
+
+    def summary(self) -> str:
+        """One line: how many Linears were converted, and why the others were not."""
+        reasons = Counter(
+            x.reason for x in self.decisions if x.verdict is Verdict.REFERENCE
+        )
+        rest = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        converted = (
+            f"converted {len(self.float8_fqns)} of {len(self.decisions)} Linears"
+        )
+        name = f"{self.recipe} (emulated)" if self.emulated else self.recipe
+        return f"{converted} to {name}" + (f"; not converted: {rest}" if rest else "")
+
+    def __str__(self) -> str:
+        """The table of decisions, identical layers of a stack in one row."""
+        return "\n".join(report.table_lines(self))
+
+    def apply(self, module: nn.Module, recipe: Recipe | None = None) -> None:
+        """Convert a model in place as this plan says. No timing, any device.
+
+        Args:
+            module: a model with the same Linears, none of them converted.
+            recipe: needed only if the plan was made with a recipe that is not
+                registered by name.
+
+        Raises:
+            PlanMismatchError: the model's Linears are not those of the plan; the message
+                names the first that differ.
+            UnknownRecipeError: ``recipe`` is needed and missing.
+        """
+        from fp8tune.recipes import get_recipe  # noqa: PLC0415 - imports torchao
+
+        linears = dict(named_linears(module))
+        self._require_same(linears)
+        wanted = [linears[fqn] for fqn in self.float8_fqns]
+        for linear in wanted:
+            recipe = recipe or get_recipe(self.recipe, linear.weight.device)
+            recipe.convert(linear)
+
+    def module_filter_fn(self, module: Any, fqn: str) -> bool:
+        """Whether to convert this layer; takes what torchao and accelerate pass.
+
+        Args:
+            module: an nn.Linear, or a config object with in_features and out_features.
+            fqn: its name in the model.
+
+        Returns:
+            True for the layers that the plan converts; False for any other, and for
+            one whose K and N are not those of the plan.
+        """
+        k = getattr(module, "in_features", None)
+        n = getattr(module, "out_features", None)
+        return (normalize_fqn(fqn), k, n) in self._converted
+
+    @property
+    def _converted(self) -> set[tuple[str, int | None, int | None]]:
+        return {
+            (x.fqn, x.k, x.n) for x in self.decisions if x.verdict is Verdict.FLOAT8
+        }
+
+    def _require_same(self, linears: dict[str, nn.Linear]) -> None:
+        planned = {x.fqn: (x.k, x.n) for x in self.decisions}
+        found = {fqn: (x.in_features, x.out_features) for fqn, x in linears.items()}
+        problems = [
+            f"{fqn} is only in the plan" for fqn in planned.keys() - found.keys()
+        ]
+        problems += [
+            f"{fqn} is only in the model" for fqn in found.keys() - planned.keys()
+        ]
+        problems += [
+            f"{fqn} has K, N = {found[fqn]}, in the plan {planned[fqn]}"
+            for fqn in planned.keys() & found.keys()
+            if planned[fqn] != found[fqn]
+        ]
+        if problems:
+            shown = "; ".join(sorted(problems)[:5])
+            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise PlanMismatchError(
+                f"this plan was made for another model: {shown}{more}. Tune this model "
+                "with AutoFloat8, or apply the plan to the model it was made for"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        data = {"format": _FORMAT, "version": PLAN_VERSION, "plan": encode(self)}
+        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that ``save`` wrote.
+
+        Raises:
+            CacheError: the file is no plan, or was written by a newer fp8tune.
+            OSError: the file cannot be read.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CacheError(f"{path} is no JSON: {error}") from error
+        found = (
+            (data.get("format"), data.get("version"))
+            if isinstance(data, dict)
+            else data
+        )
+        if found != (_FORMAT, PLAN_VERSION):
+            raise CacheError(
+                f"{path} holds format and version {found!r}; expected "
+                f"{(_FORMAT, PLAN_VERSION)!r}, as written by Plan.save of this version"
+            )
+        return decode(cls, data.get("plan"), "plan")

@@ -1,0 +1,156 @@
+"""A signature made runnable: forward + backward on the captured tensors.
+
+Both variants share one set of operands and run the same few lines; they differ only in
+the class of a stand-in Linear that borrows the real layer's weight. Nothing of the
+user's model is called: gradients are returned, never accumulated, and the compiled
+variant lives in a function of its own.
+"""
+
+from __future__ import annotations
+
+import types
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fp8tune.records import REFERENCE, Sample, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from fp8tune.recipes import Recipe
+
+__all__ = ["Operands", "Replay"]
+
+
+class Operands:
+    """The tensors of a sample, with random numbers for those that were not captured.
+
+    Built at first use, so that a scripted clock never allocates.
+    """
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+        self.device = sample.linear.weight.device
+        self._grad_output: torch.Tensor | None = None
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        # Of its own, since the user's seed must not move.
+        return torch.Generator(self.device).manual_seed(0)
+
+    @cached_property
+    def input(self) -> torch.Tensor:
+        """Shape (*, K); requires grad if it did in training."""
+        signature = self.sample.signature
+        tensor = self.sample.input
+        if tensor is None:
+            shape = signature.shape
+            tensor = self._random((shape.m, shape.k), getattr(torch, shape.input_dtype))
+        return tensor.detach().requires_grad_(signature.grad_input)
+
+    def grad_output(self, output: torch.Tensor) -> torch.Tensor:
+        """The captured gradient, or random numbers, like ``output`` in shape and dtype."""
+        kept = self._grad_output
+        if kept is None or kept.dtype != output.dtype:
+            captured = self.sample.grad_output
+            if captured is None:
+                kept = self._random(output.shape, output.dtype)
+            else:
+                kept = captured.reshape(output.shape).to(output.dtype)
+            self._grad_output = kept
+        return kept
+
+    def _random(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(
+            shape, generator=self._generator, device=self.device, dtype=dtype
+        )
+
+
+class Replay:
+    """One variant of a signature as ``Work`` for a clock.
+
+    Args:
+        operands: what to run on, shared with the other variant.
+        recipe: what the Linear is converted to; None is the reference.
+        compile_options: keyword arguments of torch.compile, or None for eager.
+    """
+
+    def __init__(
+        self,
+        operands: Operands,
+        recipe: Recipe | None,
+        compile_options: Mapping[str, Any] | None,
+    ) -> None:
+        self.signature = operands.sample.signature
+        self.variant = recipe.name if recipe else REFERENCE
+        self._operands = operands
+        self._recipe = recipe
+        self._compile_options = compile_options
+
+    def __call__(self) -> None:
+        """Forward, again if it is recomputed, then the backward that training needs."""
+        with self._autocast():
+            output = self._forward(self._linear, self._operands.input)
+            if self.signature.recompute:
+                output = self._forward(self._linear, self._operands.input)
+        if self._differentiated:
+            grad_output = self._operands.grad_output(output)
+            torch.autograd.grad(output, self._differentiated, grad_output)
+
+    def _autocast(self) -> torch.autocast:
+        # As it was around the layer. Its cache is off, since a cached cast of the weight
+        # would be timed once instead of every time, and would stay in the user's cache.
+        name = self.signature.shape.autocast_dtype
+        return torch.autocast(
+            self._operands.device.type,
+            dtype=getattr(torch, name) if name else None,
+            enabled=name is not None,
+            cache_enabled=False,
+        )
+
+    @cached_property
+    def _linear(self) -> nn.Linear:
+        shape, real = self.signature.shape, self._operands.sample.linear
+        linear = nn.Linear(shape.k, shape.n, bias=shape.bias, device="meta")
+        linear.weight = nn.Parameter(real.weight.detach(), self.signature.grad_weight)
+        if shape.bias:
+            linear.bias = nn.Parameter(real.bias.detach(), self.signature.grad_bias)
+        if self._recipe:
+            self._recipe.convert(linear)
+        return linear
+
+    @cached_property
+    def _differentiated(self) -> list[torch.Tensor]:
+        signature, linear = self.signature, self._linear
+        wanted = [
+            (signature.grad_input, self._operands.input),
+            (signature.grad_weight, linear.weight),
+            (signature.grad_bias, linear.bias),
+        ]
+        return [tensor for needed, tensor in wanted if needed]
+
+    @cached_property
+    def _forward(self) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
+        if self._compile_options is None:
+            return _call
+        options: dict[str, Any] = {"dynamic": False, **self._compile_options}
+        return torch.compile(_own_function(self.signature.shape), **options)
+
+
+def _call(linear: nn.Linear, tensor: torch.Tensor) -> torch.Tensor:
+    return linear(tensor)
+
+
+def _own_function(shape: Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
+    """A copy of ``_call`` with a code object and a name of its own.
+
+    Dynamo keeps compiled code and its recompile limit by code object, and learns dynamic
+    shapes by the function's name and place; sharing either would let one signature
+    disturb another.
+    """
+    name = f"fp8tune_m{shape.m}_k{shape.k}_n{shape.n}"
+    code = _call.__code__.replace(co_name=name)
+    return types.FunctionType(code, _call.__globals__, name)

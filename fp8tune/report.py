@@ -1,0 +1,243 @@
+"""Plan -> lines of text. Prints nothing and imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections import Counter
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fp8tune.intervals import looks, speedup_interval
+from fp8tune.records import (
+    Decision,
+    LeftOut,
+    Measurement,
+    Reason,
+    Shape,
+    Signature,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from fp8tune.config import TuneConfig
+    from fp8tune.plan import Plan
+    from fp8tune.records import Candidate
+
+__all__ = [
+    "describe_signature",
+    "fold",
+    "measurement_line",
+    "no_candidates_line",
+    "shape_change_line",
+    "start_line",
+    "stuck_line",
+    "table_lines",
+]
+
+_COLUMNS = ("layer", "M", "K", "N", "reference", "candidate", "speedup", "verdict")
+_LEFT_ALIGNED = ("layer", "verdict")
+_WIDTH = 110
+
+
+def table_lines(plan: Plan, width: int = _WIDTH) -> list[str]:
+    """The plan as a table with a summary below; times are milliseconds per call."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in _COLUMNS:
+        left = name in _LEFT_ALIGNED
+        header = f"{name} ms" if name in ("reference", "candidate") else name
+        table.add_column(
+            header,
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=not left,
+        )
+    for name, decision in fold(plan.decisions):
+        table.add_row(name, *_cells(decision, plan.recipe))
+    return [*_rendered(table, width), *_footer(plan)]
+
+
+def _rendered(table: Table, width: int) -> list[str]:
+    text = io.StringIO()
+    Console(file=text, width=width, color_system=None, markup=False).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+
+
+def _footer(plan: Plan) -> list[str]:
+    device = dict(plan.environment).get("device", "unknown device")
+    lines = [
+        plan.summary(),
+        f"timed {plan.timing} against {plan.reference} on {device}",
+    ]
+    if plan.emulated:
+        lines.append(
+            f"{plan.recipe} is emulated here, since this device has no such GEMMs: its "
+            "numerics are real, its times are not those of float8 hardware"
+        )
+    failures = {x.detail for x in plan.decisions if x.detail}
+    return lines + [f"not timed: {detail}" for detail in sorted(failures)]
+
+
+def _cells(decision: Decision, recipe: str) -> list[str]:
+    rows = ",".join(str(m) for m in sorted({x.shape.m for x, _ in decision.signatures}))
+    converted = decision.verdict is Verdict.FLOAT8
+    verdict = f"{recipe if converted else 'reference'}: {_words(decision.reason)}"
+    return [
+        rows or "-",
+        str(decision.k),
+        str(decision.n),
+        _milliseconds(decision.reference_ms),
+        _milliseconds(decision.float8_ms),
+        _speedup(decision),
+        verdict,
+    ]
+
+
+def _words(reason: Reason) -> str:
+    return reason.replace("_", " ")
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _speedup(decision: Decision) -> str:
+    if decision.speedup is None:
+        return "-"
+    high = "inf" if decision.speedup_high is None else f"{decision.speedup_high:.2f}"
+    return f"{decision.speedup:.2f} [{decision.speedup_low:.2f}, {high}]"
+
+
+def describe_signature(signature: Signature) -> str:
+    """One signature in a few words, for log lines."""
+    shape = signature.shape
+    parts = [f"M={shape.m} K={shape.k} N={shape.n}", _dtypes(shape)]
+    wanted = {
+        "input": signature.grad_input,
+        "weight": signature.grad_weight,
+        "bias": signature.grad_bias,
+    }
+    grads = [name for name, needed in wanted.items() if needed]
+    parts.append(f"grads of {'+'.join(grads)}" if grads else "forward only")
+    if signature.recompute:
+        parts.append("recomputed")
+    return ", ".join(parts)
+
+
+def _dtypes(shape: Shape) -> str:
+    same = shape.input_dtype == shape.weight_dtype
+    names = (
+        shape.weight_dtype if same else f"{shape.input_dtype} x {shape.weight_dtype}"
+    )
+    return (
+        f"{names} under {shape.autocast_dtype} autocast"
+        if shape.autocast_dtype
+        else names
+    )
+
+
+def start_line(screened: Sequence[Candidate | LeftOut], recipe: str) -> str:
+    """How many Linears will be timed, and why not the others."""
+    number = sum(not isinstance(x, LeftOut) for x in screened)
+    text = f"{number} of {len(screened)} Linears are candidates for {recipe}"
+    reasons = _counted_reasons(screened)
+    return f"{text}; left out: {reasons}" if reasons else text
+
+
+def no_candidates_line(screened: Sequence[LeftOut | Candidate]) -> str:
+    """What a user reads whose model has nothing to tune."""
+    return (
+        f"none of the {len(screened)} Linears is a candidate "
+        f"({_counted_reasons(screened)}), so the model trains on in high precision"
+    )
+
+
+def _counted_reasons(screened: Sequence[Candidate | LeftOut]) -> str:
+    reasons = Counter(x.reason for x in screened if isinstance(x, LeftOut))
+    return ", ".join(f"{n} {_words(reason)}" for reason, n in reasons.most_common())
+
+
+def measurement_line(measurement: Measurement, config: TuneConfig) -> str:
+    """One signature and its times, or why there are none."""
+    what = describe_signature(measurement.signature)
+    if measurement.failure:
+        return f"{what}: {_words(measurement.failure)} ({measurement.detail})"
+    number = len(looks(config.max_samples))
+    speedup = speedup_interval(measurement.ratios, config.confidence, number)
+    drawn = ", on random numbers" if measurement.synthetic else ""
+    return (
+        f"{what}: reference {median(measurement.reference_ms):.3f} ms, "
+        f"{measurement.recipe} {median(measurement.candidate_ms):.3f} ms, "
+        f"{speedup.middle:.2f}x [{speedup.low:.2f}, {speedup.high:.2f}] "
+        f"from {len(measurement.reference_ms)} pairs{drawn}"
+    )
+
+
+def shape_change_line(fqn: str, planned: Sequence[Shape], found: Shape) -> str:
+    """Which field of a layer's shape is not as the plan has it, with both values."""
+    name = fqn or "(root)"
+    if not planned:
+        return f"{name} is called, which the plan has never seen"
+    now = dataclasses.asdict(found)
+    differences = [
+        [
+            f"{field} was {was!r}, is {now[field]!r}"
+            for field, was in old
+            if was != now[field]
+        ]
+        for old in (dataclasses.asdict(shape).items() for shape in planned)
+    ]
+    return f"{name}: " + ", ".join(min(differences, key=len))
+
+
+def stuck_line(forwards: int, steps: int, waiting: int) -> str:
+    """Why tuning has not ended after so many forwards."""
+    return (
+        f"{forwards} forwards with gradients, but {steps} training steps with a backward; "
+        f"{waiting} forwards still wait for theirs. Tuning goes on until they are done: "
+        "run evaluations in eval mode or under torch.no_grad(), delete outputs that are "
+        "never differentiated, or call freeze()"
+    )
+
+
+def fold(decisions: Iterable[Decision]) -> list[tuple[str, Decision]]:
+    """Layers that differ only in the numbers of their names, under one name.
+
+    Returns:
+        (name, a decision of the group) in model order; the name is the FQN, or a
+        pattern such as ``layers.{0..31}.wq``.
+    """
+    groups: dict[object, list[Decision]] = {}
+    for decision in decisions:
+        words = re.sub(r"(?<![^.])\d+(?![^.])", "{}", decision.fqn)
+        outcome = (decision.verdict, decision.reason, decision.signatures)
+        groups.setdefault((words, decision.k, decision.n, outcome), []).append(decision)
+    return [(_pattern([x.fqn for x in group]), group[0]) for group in groups.values()]
+
+
+def _pattern(fqns: Sequence[str]) -> str:
+    columns = zip(*(fqn.split(".") for fqn in fqns), strict=True)
+    return ".".join(_segment(dict.fromkeys(column)) for column in columns) or "(root)"
+
+
+def _segment(values: Iterable[str]) -> str:
+    found = list(values)
+    return found[0] if len(found) == 1 else "{" + _ranges(sorted(map(int, found))) + "}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0..2,5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
