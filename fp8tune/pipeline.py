@@ -146,7 +146,7 @@ class Pipeline:
             self._time([x for x in wanted if x not in known], results)
         finally:
             # Also after Ctrl-C: what was timed so far is not timed again.
-            if cache:
+            if cache and results:
                 cache.save(self._key, layers, list(results.values()))
         return results
 
@@ -182,12 +182,13 @@ class Pipeline:
 
     def convert(self, fqns: Collection[str]) -> None:
         """Make exactly these candidates converted and the others plain."""
+        wanted = frozenset(fqns)
         for candidate in self.candidates:
             fqn, linear = candidate.fqn, candidate.linear
-            if fqn in fqns and fqn not in self.converted:
+            if fqn in wanted and fqn not in self.converted:
                 self._recipe.convert(linear)
                 self.converted[fqn] = linear
-            elif fqn not in fqns and fqn in self.converted:
+            elif fqn not in wanted and fqn in self.converted:
                 self._recipe.revert(self.converted.pop(fqn))
 
 

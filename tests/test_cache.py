@@ -19,7 +19,8 @@ import pytest
 from filelock import FileLock
 
 import fp8tune.cache
-from fp8tune.cache import FORMAT_VERSION, Cache, Key
+from fp8tune.cache import Cache, Key
+from fp8tune.cache_file import FORMAT_VERSION
 from fp8tune.codec import UNSEALED
 from fp8tune.records import Layer, Measurement, Reason, Shape, Signature
 
@@ -620,6 +621,23 @@ def test_a_killed_writer_leaves_a_readable_file_and_a_free_lock(filled, warnings
     Cache(filled).save(KEY, RUN, MEASURED)
     assert_full_hit(Cache(filled))
     assert warnings() == []
+
+
+def test_a_writer_killed_in_the_middle_of_a_write_leaves_the_old_file(filled):
+    before = filled.read_bytes()
+    script = """
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills at byte 4096
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+save(path, number, samples=5000)
+"""
+    writer = start(script, filled, 1)
+    writer.communicate()
+    assert writer.returncode == -signal.SIGXFSZ
+    assert filled.read_bytes() == before
+    Cache(filled).save(KEY, RUN, MEASURED)
+    assert_full_hit(Cache(filled))
 
 
 def test_a_disk_on_which_nothing_fits_costs_a_warning_and_no_data(filled):

@@ -1,0 +1,339 @@
+"""Timing one signature: when it stops, what it survives, what it leaves alone."""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from fp8tune.clock import CpuClock
+from fp8tune.config import TuneConfig
+from fp8tune.measure import measure
+from fp8tune.recipes import get_recipe
+from fp8tune.records import REFERENCE, Reason, Sample, Shape, Signature
+
+BF16 = get_recipe("bf16", "cpu")
+# Enough for one look, so that real clocks time little.
+SHORT = TuneConfig(max_samples=8, max_seconds=30)
+
+
+def signature(m=8, k=16, n=16, **changes):
+    shape = Shape(m, k, n, "float32", "float32", None, True)
+    grads = {"grad_input": True, "grad_weight": True, "grad_bias": True}
+    return Signature(shape, **(grads | changes))
+
+
+def sample(key=None, *, captured=True):
+    key = key or signature()
+    linear = nn.Linear(key.shape.k, key.shape.n)
+    if not captured:
+        return Sample(key, linear, None, None)
+    input, grad = torch.randn(key.shape.m, key.shape.k), torch.randn(8, key.shape.n)
+    return Sample(key, linear, input, grad)
+
+
+def measured(clock, config=SHORT, taken=None, **options):
+    return measure(taken or sample(), BF16, clock, config, **options)
+
+
+def speedup(factor):
+    """A script in which the candidate is so many times faster."""
+    return lambda _, variant: factor if variant == REFERENCE else 1.0
+
+
+def undecided():
+    """A script whose pairs are twice as fast and twice as slow in turn."""
+    times = iter([2.0, 1.0, 1.0, 0.5] * 10**6)
+    return lambda *_: next(times)
+
+
+def failing(error, times, variant="bf16"):
+    """A script that raises at the first so many timings of a variant."""
+    left = [times]
+
+    def time_ms(_, asked):
+        if asked == variant and left[0]:
+            left[0] -= 1
+            raise error
+        return 1.0 if asked == variant else 2.0
+
+    return time_ms
+
+
+class Recorded(nn.Linear):
+    """Counts its forwards and what they are to be differentiated by."""
+
+    forwards = 0
+    differentiated = frozenset()
+
+    def forward(self, input):
+        tensors = {"input": input, "weight": self.weight, "bias": self.bias}
+        Recorded.forwards += 1
+        Recorded.differentiated = {
+            name for name, tensor in tensors.items() if tensor.requires_grad
+        }
+        return super().forward(input)
+
+
+class RecordingRecipe:
+    """Converts to Recorded."""
+
+    name = "recorded"
+    reference = "float32"
+    settings = ""
+    emulated = False
+
+    def __init__(self):
+        Recorded.forwards = 0
+        Recorded.differentiated = frozenset()
+
+    def convert(self, linear):
+        linear.__class__ = Recorded
+
+
+class CountingBackend:
+    """A backend of torch.compile that only counts what it gets."""
+
+    def __init__(self):
+        self.compilations = 0
+
+    def __call__(self, graph, example_inputs):
+        del example_inputs
+        self.compilations += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_a_clear_difference_stops_at_the_first_look(scripted_clock, factor):
+    result = measured(scripted_clock(speedup(factor)), TuneConfig())
+    assert result.ratios == [factor] * 8
+
+
+def test_clear_means_clear_of_min_speedup(scripted_clock):
+    script = speedup(1.25)
+    exactly = measured(scripted_clock(script), TuneConfig(min_speedup=1.25))
+    over = measured(scripted_clock(script), TuneConfig(min_speedup=1.26))
+    under = measured(scripted_clock(script), TuneConfig(min_speedup=1.24))
+    pairs = [len(x.ratios) for x in (under, exactly, over)]
+    assert pairs == [8, 128, 8]
+
+
+@pytest.mark.parametrize("number", [8, 9, 27, 128])
+def test_no_clear_difference_stops_at_max_samples(scripted_clock, number):
+    result = measured(scripted_clock(undecided()), TuneConfig(max_samples=number))
+    assert len(result.reference_ms) == len(result.candidate_ms) == number
+    assert result.failure is None
+
+
+@pytest.mark.parametrize(
+    ("max_seconds", "pairs"),
+    # Two pairs take 4.5 ms; they are begun only if they are expected to fit.
+    [(0.0089, 2), (0.0091, 4), (0.0134, 4), (0.0136, 6)],
+)
+def test_a_spent_budget_stops_the_timing(scripted_clock, max_seconds, pairs):
+    clock = scripted_clock(undecided())
+    result = measured(clock, TuneConfig(max_seconds=max_seconds))
+    assert len(result.ratios) == pairs
+    assert clock.now() <= max_seconds
+
+
+def test_pairs_run_in_the_order_a_b_b_a(scripted_clock):
+    order = []
+
+    def time_ms(_, variant):
+        order.append(variant)
+        return 2.0 if variant == REFERENCE else 1.0
+
+    measured(scripted_clock(time_ms))
+    assert order == [REFERENCE, "bf16", "bf16", REFERENCE] * 4
+
+
+def test_drift_falls_on_both_alike(scripted_clock):
+    calls = iter(range(10**6))
+    result = measured(scripted_clock(lambda *_: 100.0 + next(calls)), TuneConfig())
+    slower = [ratio for ratio in result.ratios if ratio > 1]
+    assert len(slower) == len(result.ratios) / 2
+
+
+def test_both_variants_are_warmed_up_once(scripted_clock):
+    clock, taken = scripted_clock(speedup(2.0)), sample()
+    measured(clock, taken=taken)
+    assert clock.warmed == {(taken.signature, x): 1 for x in (REFERENCE, "bf16")}
+
+
+def test_a_measurement_says_what_it_measured(scripted_clock):
+    taken = sample()
+    result = measured(scripted_clock(speedup(2.0)), taken=taken)
+    assert result.signature == taken.signature
+    assert result.recipe == "bf16"
+    assert not result.synthetic
+
+
+@pytest.mark.parametrize("missing", ["input", "grad_output"])
+def test_missing_tensors_make_it_synthetic(scripted_clock, missing):
+    taken = dataclasses.replace(sample(), **{missing: None})
+    assert measured(scripted_clock(speedup(2.0)), taken=taken).synthetic
+
+
+@pytest.mark.parametrize("variant", [REFERENCE, "bf16"])
+def test_a_failing_variant_is_not_measured(scripted_clock, variant):
+    script = failing(RuntimeError("no kernel\nfor this"), 1, variant)
+    result = measured(scripted_clock(script))
+    assert result.failure is Reason.NOT_MEASURED
+    assert result.detail == "RuntimeError: no kernel"
+    assert result.ratios == []
+
+
+def test_an_error_is_not_tried_again(scripted_clock):
+    clock, taken = scripted_clock(failing(RuntimeError("no"), 1)), sample()
+    measured(clock, taken=taken)
+    assert clock.warmed[taken.signature, "bf16"] == 1
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_out_of_memory_is_tried_once_more_and_reported(scripted_clock, kind):
+    clock, taken = scripted_clock(failing(kind("9 GB"), 2)), sample()
+    result = measured(clock, taken=taken)
+    assert result.failure is Reason.OUT_OF_MEMORY
+    assert result.detail == f"{kind.__name__}: 9 GB"
+    assert clock.warmed[taken.signature, "bf16"] == 2
+
+
+def test_an_allocation_that_fails_on_cpu_is_out_of_memory(scripted_clock):
+    clock = scripted_clock(lambda *_: torch.empty(2**50))
+    assert measured(clock).failure is Reason.OUT_OF_MEMORY
+
+
+def test_a_second_try_without_captured_tensors_is_synthetic(scripted_clock):
+    clock = scripted_clock(failing(MemoryError("9 GB"), 1))
+    result = measured(clock)
+    assert result.failure is None
+    assert result.synthetic
+    assert result.ratios == [2.0] * 8
+
+
+def test_ctrl_c_ends_the_timing(scripted_clock):
+    clock = scripted_clock(failing(KeyboardInterrupt("stop"), 1))
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        measured(clock)
+
+
+def test_a_scripted_clock_needs_no_memory(scripted_clock):
+    key = signature(m=2**30, k=2**20, n=2**20)
+    with torch.device("meta"):
+        taken = sample(key, captured=False)
+    assert measured(scripted_clock(speedup(2.0)), taken=taken).failure is None
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_real_times_are_measured(captured):
+    taken = sample(captured=captured)
+    result = measured(CpuClock(), taken=taken)
+    assert result.failure is None
+    assert len(result.ratios) == 8
+    assert all(0 < ms < 1000 for ms in result.reference_ms + result.candidate_ms)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_measuring_leaves_training_alone(captured):
+    taken = sample(captured=captured)
+    parameters = list(taken.linear.parameters())
+    parameters[0].grad = torch.ones_like(parameters[0])
+    before = [x.detach().clone() for x in parameters]
+    versions, attributes = [x._version for x in parameters], dict(vars(taken.linear))
+    rng = torch.get_rng_state()
+    measured(CpuClock(), taken=taken)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(map(torch.equal, parameters, before))
+    assert [x._version for x in parameters] == versions
+    assert torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
+    assert parameters[1].grad is None
+    assert type(taken.linear) is nn.Linear
+    assert vars(taken.linear) == attributes
+
+
+def test_captured_tensors_stay_as_they_are():
+    taken = sample()
+    input, grad = taken.input.clone(), taken.grad_output.clone()
+    measured(CpuClock(), taken=taken)
+    assert torch.equal(taken.input, input)
+    assert torch.equal(taken.grad_output, grad)
+    assert not taken.input.requires_grad
+    assert taken.input.grad is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_measuring_needs_and_leaves_the_grad_mode(mode):
+    with mode():
+        before, recipe = torch.is_grad_enabled(), RecordingRecipe()
+        assert measure(sample(), recipe, CpuClock(), SHORT).failure is None
+        assert torch.is_grad_enabled() is before
+    assert Recorded.differentiated == {"input", "weight", "bias"}
+
+
+def test_measuring_leaves_autocast():
+    shape = Shape(8, 16, 16, "float32", "float32", "bfloat16", True)
+    key = dataclasses.replace(signature(), shape=shape)
+    assert measured(CpuClock(), taken=sample(key)).failure is None
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert measured(CpuClock()).failure is None
+        assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    "wanted", [(), ("input",), ("weight",), ("weight", "bias"), ("input", "bias")]
+)
+def test_only_the_gradients_of_the_signature_are_computed(wanted):
+    grads = {f"grad_{x}": x in wanted for x in ("input", "weight", "bias")}
+    result = measure(sample(signature(**grads)), RecordingRecipe(), CpuClock(), SHORT)
+    assert result.failure is None
+    assert Recorded.differentiated == set(wanted)
+
+
+def test_recompute_runs_forward_twice():
+    forwards = []
+    for recompute in (False, True):
+        key = signature(recompute=recompute)
+        measure(sample(key), RecordingRecipe(), CpuClock(), SHORT)
+        forwards.append(Recorded.forwards)
+    assert forwards[0] > 8
+    assert forwards[1] == 2 * forwards[0]
+
+
+def test_a_small_signature_keeps_its_budget():
+    # No number of pairs that fits into the budget could be clear.
+    config = TuneConfig(max_seconds=0.3, max_samples=10**6, confidence=1 - 1e-15)
+    start = time.perf_counter()
+    result = measure(sample(), RecordingRecipe(), CpuClock(), config)
+    assert time.perf_counter() - start < 3
+    assert sum(result.reference_ms + result.candidate_ms) < 600
+    assert len(result.ratios) > 8
+
+
+def test_many_signatures_compile_apart():
+    backend = CountingBackend()
+    # fullgraph makes Dynamo raise, not only warn, past its limit of 8.
+    options = {"backend": backend, "fullgraph": True}
+    keys = [signature(m=8, n=16 * i) for i in range(1, 7)]
+    keys += [signature(m=8, n=16 * i, grad_input=False) for i in range(1, 7)]
+    results = [
+        measured(CpuClock(), taken=sample(key), compile_options=options) for key in keys
+    ]
+    assert [x.detail for x in results if x.failure] == []
+    assert backend.compilations == 24
+
+
+def test_measuring_leaves_the_users_compiled_functions_alone():
+    taken, backend = sample(captured=False), CountingBackend()
+    linear, input = taken.linear, torch.randn(8, 16)
+    users_own = torch.compile(lambda x: linear(x), backend=backend)
+    users_own(input)
+    options = {"backend": "eager", "fullgraph": True}
+    for m in (4, 8, 12):
+        again = dataclasses.replace(taken, signature=signature(m=m))
+        result = measured(CpuClock(), taken=again, compile_options=options)
+        assert result.failure is None
+    users_own(input)
+    assert backend.compilations == 1
