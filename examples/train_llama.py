@@ -1,12 +1,9 @@
 """Train a small Llama on this repository's own text, tuned by fp8tune.
 
-::
-
-    python examples/train_llama.py
-
-One sees the loss fall, fp8tune's table of what it timed and kept, and a second table:
-tokens per second with nothing converted, everything converted, and the plan. The next
-run finds the plan in the cache file and times nothing.
+Run ``python examples/train_llama.py``. One sees fp8tune's table of what it timed and
+kept, the loss as it falls, and a second table: tokens per second with nothing converted,
+everything converted, and the plan. The next run finds the plan in the cache file and
+times nothing.
 
 With a GPU the model is bfloat16 and the recipe "rowwise" float8. Without one the model
 is float32 and the recipe "bf16", which has winners (w1, w2, w3) and losers (wk, wv) on
@@ -149,35 +146,32 @@ class Trainer:
     """AdamW on random windows of a text."""
 
     def __init__(self, model: nn.Module, sizes: Sizes, device: str) -> None:
-        self.model, self.batch = model, sizes.batch
-        self.text, self.device = load_text(), device
-        self.window = torch.arange(sizes.length + 1)
+        self.model, self.batch, self.device = model, sizes.batch, device
+        self.windows = load_text().unfold(0, sizes.length + 1, 1)
+        self.losses: list[float] = []  # nats per byte, one per step
         self.seconds: list[float] = []
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
 
-    def step(self) -> float:
-        """One training step; returns its loss in nats per byte."""
+    def step(self) -> None:
+        """One training step."""
         begin = time.perf_counter()
-        last = len(self.text) - len(self.window)
-        start = torch.randint(last, (self.batch, 1))
-        tokens = self.text[start + self.window].to(self.device)
+        rows = torch.randint(len(self.windows), (self.batch,))
+        tokens = self.windows[rows].to(self.device)
         logits = self.model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        value = loss.item()  # waits for a GPU
+        self.losses.append(loss.item())  # waits for a GPU
         self.seconds.append(time.perf_counter() - begin)
-        return value
 
     def train(self, steps: int) -> None:
         """Train, and print the mean loss ten times on the way."""
         every = max(1, steps // 10)
-        losses: list[float] = []
         for step in range(1, steps + 1):
-            losses.append(self.step())
+            self.step()
             if step % every == 0:
-                print(f"step {step:4}  loss {mean(losses[-every:]):.2f}")
+                print(f"step {step:4}  loss {mean(self.losses[-every:]):.2f}")
 
 
 def build_variants(bare: Llama, plan: Plan, recipe: Recipe) -> dict[str, Llama]:
@@ -216,8 +210,8 @@ def run(device: str, recipe: Recipe, steps: int, cache: str) -> None:
     config = fp8tune.TuneConfig(static_filter=fp8tune.StaticFilter.DIVISIBLE)
     auto = AutoFloat8(model, recipe, compile=compile_blocks, cache=cache, config=config)
     Trainer(auto, sizes, device).train(steps)
-    plan = auto.freeze()  # frozen already, unless there were hardly any steps
-    compare(build_variants(bare, plan, recipe), sizes, device)
+    # The plan is frozen already, unless there were hardly any steps.
+    compare(build_variants(bare, auto.freeze(), recipe), sizes, device)
 
 
 def parse_arguments() -> argparse.Namespace:

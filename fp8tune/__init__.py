@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ModelError,
         PhaseError,
         PlanMismatchError,
+        RankMismatchError,
         UnknownRecipeError,
     )
     from fp8tune.plan import Plan
@@ -49,6 +50,7 @@ _HOMES = {
     "PhaseError": "errors",
     "Plan": "plan",
     "PlanMismatchError": "errors",
+    "RankMismatchError": "errors",
     "Reason": "records",
     "Recipe": "recipes",
     "Signature": "records",
@@ -76,6 +78,7 @@ __all__ = [
     "PhaseError",
     "Plan",
     "PlanMismatchError",
+    "RankMismatchError",
     "Reason",
     "Recipe",
     "Signature",

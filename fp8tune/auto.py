@@ -5,9 +5,9 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
-from fp8tune.cache import Cache
 from fp8tune.checks import check_arguments, check_model
 from fp8tune.clock import Clock
 from fp8tune.compiling import Compile
@@ -15,6 +15,7 @@ from fp8tune.config import TuneConfig
 from fp8tune.convert import reverted
 from fp8tune.pipeline import Options
 from fp8tune.plan import Plan
+from fp8tune.ranks import Ranks
 from fp8tune.recipes import resolve_recipe
 from fp8tune.tuner import Phase, Tuner
 from fp8tune.wrapper import SameKeys
@@ -41,12 +42,15 @@ class AutoFloat8(SameKeys):
             the module and compiles it or parts of it; applied at the freeze.
         cache: path of a JSON file that remembers timings. A run whose signatures are all
             in it is frozen when the constructor returns.
+        process_group: the ranks that hold the same layers and must end with the same
+            plan; by default all. Constructing and freezing are collective in it.
         config: the rarer knobs.
         clock: what times the work; by default CUDA events or the CPU's clock.
 
     Raises:
         ConfigError: an argument that cannot be right.
         ModelError: a model in which nothing could be tuned.
+        RankMismatchError: ranks that hold different layers or got different settings.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class AutoFloat8(SameKeys):
         filter_fqns: Sequence[str] = (),
         compile: Compile = False,
         cache: str | os.PathLike[str] | None = None,
+        process_group: dist.ProcessGroup | None = None,
         config: TuneConfig = _DEFAULTS,
         clock: Clock | None = None,
     ) -> None:
@@ -73,9 +78,10 @@ class AutoFloat8(SameKeys):
             warmup_steps=warmup_steps,
             filter_fqns=filter_fqns,
             compile=compile,
-            cache=None if cache is None else Cache(cache),
+            cache=cache,
             config=config,
             clock=clock,
+            ranks=Ranks(process_group),
         )
         self._recipe = resolve_recipe(recipe, device)
         self._tuner = Tuner(module, device, self._recipe, options)

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import TypeVar
 
@@ -85,6 +86,7 @@ class Contents:
         if measurement.failure is not None:
             return
         _check_times(measurement)
+        _check_date(measurement.recorded)
         self.measurements.setdefault(key, {})[measurement.signature] = measurement
 
     def add_run(self, key: Key, layers: tuple[Layer, ...]) -> None:
@@ -208,6 +210,15 @@ def _check_times(measurement: Measurement) -> None:
             f"the times of {measurement.signature} are {measurement.reference_ms} and "
             f"{measurement.candidate_ms}, expected pairs of finite ones above 0 ms"
         )
+
+
+def _check_date(recorded: str) -> None:
+    try:
+        date.fromisoformat(recorded or "2000-01-01")
+    except ValueError:
+        raise CacheError(
+            f'found {recorded!r} as a date, expected one such as "2026-01-31", or ""'
+        ) from None
 
 
 def without_calls(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from fp8tune.linears import dtype_name
 from fp8tune.memory import is_out_of_memory
 from fp8tune.records import Candidate, Sample, Shape, Signature
+from fp8tune.sharding import to_local
 
 __all__ = ["Capture", "in_backward"]
 
@@ -71,12 +72,17 @@ class Capture:
         self._linears: dict[Shape, nn.Linear] = {}
         self._inputs: dict[Shape, torch.Tensor | None] = {}
         self._grads: dict[Shape, torch.Tensor | None] = {}
+        self._weights: dict[Shape, torch.Tensor | None] = {}
+        self._at_rest = {x.fqn: weakref.ref(x.linear.weight) for x in candidates}
         self._handles = [self._watch(candidate) for candidate in candidates]
         self._handles.append(module.register_forward_hook(self._forward_ended))
 
     def _watch(self, candidate: Candidate) -> RemovableHandle:
         hook = partial(self._linear_called, candidate.fqn)
-        return candidate.linear.register_forward_hook(hook, with_kwargs=True)
+        # Before the hooks of tensor parallelism, which redistribute the output.
+        return candidate.linear.register_forward_hook(
+            hook, with_kwargs=True, prepend=True
+        )
 
     def begin_forward(self, *, training: bool) -> None:
         """Called before every forward of the model; counts completed training steps.
@@ -115,6 +121,7 @@ class Capture:
         self._budget = 0
         self._inputs = dict.fromkeys(self._inputs)
         self._grads = dict.fromkeys(self._grads)
+        self._weights = dict.fromkeys(self._weights)
 
     def calls(self, fqn: str) -> tuple[tuple[Signature, int], ...]:
         """How often a candidate was called with which signature, sorted."""
@@ -141,6 +148,7 @@ class Capture:
             self._linears[shape],
             self._inputs.get(shape),
             self._grads.get(shape),
+            self._weights.get(shape),
         )
 
     def _forward_ended(self, module: nn.Module, args: object, output: object) -> None:
@@ -171,6 +179,8 @@ class Capture:
         if not (self._active or recompute) or tensor.numel() == 0:
             return
         signature = _signature(linear, tensor, recompute=recompute)
+        if self._at_rest[fqn]() is not linear.weight:  # gathered, and soon let go of
+            self._keep(self._weights, signature.shape, linear.weight)
         calls = self._recomputes if recompute else self._forwards
         calls.setdefault(fqn, Counter())[signature] += 1
         self._linears.setdefault(signature.shape, linear)
@@ -188,29 +198,30 @@ class Capture:
         shape: Shape,
         tensor: torch.Tensor,
     ) -> None:
-        if store.get(shape) is not None or tensor.nbytes > self._budget:
+        local = to_local(tensor)
+        if store.get(shape) is not None or local.nbytes > self._budget:
             return
         try:
             # A copy, since the model may change the tensor in place afterwards.
-            store[shape] = tensor.detach().clone()
+            store[shape] = local.clone()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             logger.info("no memory to keep tensors for timing; using random numbers")
             self.release_tensors()
         else:
-            self._budget -= tensor.nbytes
+            self._budget -= local.nbytes
 
 
 def _signature(
     linear: nn.Linear, tensor: torch.Tensor, *, recompute: bool
 ) -> Signature:
-    n, k = linear.weight.shape
+    n, k = to_local(linear.weight).shape
     device_type = tensor.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else None
     shape = Shape(
-        m=tensor.numel() // k,
+        m=to_local(tensor).numel() // k,
         k=k,
         n=n,
         input_dtype=dtype_name(tensor.dtype),

@@ -50,7 +50,7 @@ def check_model(module: Any) -> torch.device:
         The device of its first Linear.
 
     Raises:
-        ModelError: no Linear, Linears on the meta device, or more than one rank.
+        ModelError: no Linear, or Linears on the meta device.
         AlreadyCompiledError: a compiled region holds Linears.
     """
     if not isinstance(module, nn.Module):
@@ -68,7 +68,6 @@ def check_model(module: Any) -> torch.device:
             "the model is on the meta device and cannot be timed; materialise it first, "
             "or apply an earlier plan with Plan.apply"
         )
-    _refuse_many_ranks()
     return device
 
 
@@ -81,18 +80,6 @@ def _refuse_compiled(module: nn.Module) -> None:
                 "torch.compile and give compile=True, a dict of options or a callable "
                 "to AutoFloat8"
             )
-
-
-def _refuse_many_ranks() -> None:
-    distributed = (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    )
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise ModelError(
-            f"{torch.distributed.get_world_size()} ranks are running, and this version "
-            "tunes a single process only: ranks could end with different plans. Tune "
-            "in one process, save the plan, and call Plan.apply on every rank"
-        )
 
 
 def check_recipe_fits(screened: Sequence[Candidate | LeftOut], recipe: Recipe) -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fp8tune.sharding import rebase
+
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
@@ -27,20 +29,27 @@ def change_class(
     """Make a plain ``nn.Linear`` an instance of ``kind``.
 
     Args:
-        linear: a module whose type is exactly ``nn.Linear``.
+        linear: a module whose type is ``nn.Linear``, or what fully_shard made of it.
         kind: a subclass of ``nn.Linear`` with the same Parameters.
         attributes: what instances of ``kind`` have besides those of ``nn.Linear``.
     """
-    assert type(linear) is nn.Linear, f"{type(linear).__name__} is converted already"
+    _swap(linear, nn.Linear, kind)
     linear.__dict__.update(attributes)
-    linear.__class__ = kind
 
 
-def restore_class(linear: nn.Linear, attributes: Mapping[str, Any]) -> None:
-    """Undo ``change_class`` with the same attributes."""
-    linear.__class__ = nn.Linear
+def restore_class(
+    linear: nn.Linear, kind: type[nn.Linear], attributes: Mapping[str, Any]
+) -> None:
+    """Undo ``change_class`` with the same arguments."""
+    _swap(linear, kind, nn.Linear)
     for name in attributes:
         del linear.__dict__[name]
+
+
+def _swap(linear: nn.Linear, old: type[nn.Linear], new: type[nn.Linear]) -> None:
+    changed = rebase(type(linear), old, new)
+    assert changed is not None, f"{type(linear).__name__} is no {old.__name__}"
+    linear.__class__ = changed
 
 
 @contextmanager

@@ -9,6 +9,7 @@
     │   └── AlreadyCompiledError            torch.compile came before the tuner
     ├── PlanMismatchError (ValueError)      a plan made for another model
     ├── CacheError (ValueError)             a file that cannot be read as a cache or plan
+    ├── RankMismatchError (RuntimeError)    ranks that cannot end with the same plan
     ├── PhaseError (RuntimeError)           a call that this phase does not allow
     └── CompiledTooEarlyError (RuntimeError)  traced by torch.compile before the freeze
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModelError",
     "PhaseError",
     "PlanMismatchError",
+    "RankMismatchError",
     "UnknownRecipeError",
 ]
 
@@ -54,6 +56,10 @@ class PlanMismatchError(Fp8TuneError, ValueError):
 
 class CacheError(Fp8TuneError, ValueError):
     """A file cannot be read as what it should be; the message says where and why."""
+
+
+class RankMismatchError(Fp8TuneError, RuntimeError):
+    """Ranks that must end with the same plan hold different layers or settings."""
 
 
 class PhaseError(Fp8TuneError, RuntimeError):

@@ -8,18 +8,12 @@ __all__ = ["dtype_name", "named_linears", "normalize_fqn"]
 
 # Wrappers that put themselves between a module and its parent, so that the same layer
 # has one name in every run: torch.compile, activation checkpointing and FSDP1.
-_WRAPPER_PREFIXES = (
-    "_orig_mod.",
-    "_checkpoint_wrapped_module.",
-    "_fsdp_wrapped_module.",
-)
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def normalize_fqn(fqn: str) -> str:
     """The name without what torch.compile, checkpointing and FSDP wrappers add."""
-    for prefix in _WRAPPER_PREFIXES:
-        fqn = fqn.replace(prefix, "")
-    return fqn
+    return ".".join(part for part in fqn.split(".") if part not in _WRAPPERS)
 
 
 def named_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

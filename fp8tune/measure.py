@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -80,7 +81,12 @@ def _attempt(
     reference_ms, candidate_ms = zip(*times, strict=True)
     synthetic = sample.input is None or sample.grad_output is None
     return Measurement(
-        sample.signature, recipe.name, reference_ms, candidate_ms, synthetic=synthetic
+        sample.signature,
+        recipe.name,
+        reference_ms,
+        candidate_ms,
+        synthetic=synthetic,
+        recorded=datetime.now(UTC).date().isoformat(),
     )
 
 

@@ -9,8 +9,9 @@
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -22,13 +23,21 @@ from fp8tune.checks import check_recipe_fits
 from fp8tune.clock import Clock, clock_for
 from fp8tune.compiling import Compile, compile_options, timing_name
 from fp8tune.config import TuneConfig
-from fp8tune.consensus import agree
+from fp8tune.consensus import (
+    RankTable,
+    check_layers,
+    first_difference,
+    merge_calls,
+    merge_measurements,
+)
 from fp8tune.decide import decide
 from fp8tune.environment import describe_environment
+from fp8tune.errors import RankMismatchError
 from fp8tune.linears import dtype_name
 from fp8tune.measure import measure
 from fp8tune.memory import default_capture_bytes
 from fp8tune.plan import Plan
+from fp8tune.ranks import Ranks
 from fp8tune.recipes import Recipe
 from fp8tune.records import Candidate, Layer, LeftOut, Measurement, Signature
 from fp8tune.screen import screen, unmatched_names
@@ -45,9 +54,18 @@ class Options:
     warmup_steps: int
     filter_fqns: Sequence[str]
     compile: Compile
-    cache: Cache | None
+    cache: str | os.PathLike[str] | None
     config: TuneConfig
     clock: Clock | None
+    ranks: Ranks
+
+    def must_agree(self) -> dict[str, str]:
+        """What would make plans differ if ranks had been given different values."""
+        return {
+            "warmup_steps": str(self.warmup_steps),
+            "filter_fqns": str(list(self.filter_fqns)),
+            "config": str(replace(self.config, capture_bytes=None)),
+        }
 
 
 class Pipeline:
@@ -61,6 +79,7 @@ class Pipeline:
 
     Raises:
         ModelError: the recipe does not take the dtype of any Linear.
+        RankMismatchError: ranks hold different layers or got different settings.
 
     Attributes:
         screened: one record per Linear, in model order.
@@ -76,6 +95,8 @@ class Pipeline:
         self._device = device
         self._recipe = recipe
         self._options = options
+        self._ranks = options.ranks
+        self._mixed: str | None = None
         self._compile_options = compile_options(options.compile, options.config.timing)
         timing = timing_name(self._compile_options)
         environment = describe_environment(device)
@@ -84,10 +105,13 @@ class Pipeline:
         self.screened = self._screen()
         self.candidates = [x for x in self.screened if isinstance(x, Candidate)]
         self.capture = Capture(module, [], 0)
+        self._models = self._compare_ranks()
+        self._cache = self._shared_cache()
 
     def _screen(self) -> list[Candidate | LeftOut]:
         names = self._options.filter_fqns
-        for name in unmatched_names(self._module, names):
+        unmatched = unmatched_names(self._module, names) if self._ranks.first else []
+        for name in unmatched:
             logger.warning(
                 "filter_fqns has %r, which is in the name of no Linear; is it spelt as "
                 "in model.named_modules()?",
@@ -120,35 +144,88 @@ class Pipeline:
         """Every Linear with the calls that were captured."""
         return tuple(_layer(x, self.capture.calls(x.fqn)) for x in self.screened)
 
+    def _compare_ranks(self) -> list[tuple[Layer, ...]]:
+        """Every rank's layers. One collective."""
+        own = tuple(_layer(x, ()) for x in self.screened)
+        gathered = self._ranks.gather((self._key, self._options.must_agree(), own))
+        keys = [key for key, _, _ in gathered]
+        settings = [
+            {"recipe": key.recipe, "settings": key.settings, "timing": key.timing}
+            | options
+            for key, options, _ in gathered
+        ]
+        difference = first_difference(settings)
+        if difference:
+            raise RankMismatchError(f"{difference}; give every rank the same")
+        check_layers([layers for _, _, layers in gathered])
+        self._mixed = first_difference([dict(key.environment) for key in keys])
+        return [layers for _, _, layers in gathered]
+
+    def _shared_cache(self) -> Cache | None:
+        """The first rank's cache, read by it alone. One collective."""
+        path, first = self._options.cache, self._ranks.first
+        cache = Cache(path) if first and path is not None else None
+        if cache and self._mixed:
+            logger.warning("%s; such a mix of timings is not cached", self._mixed)
+            cache = None
+        return self._ranks.broadcast(cache)
+
     def decide(self) -> Plan:
-        """Measure what was captured and is not in the cache, and decide."""
+        """Measure what was captured and is not in the cache, agree, and decide.
+
+        One collective, after all timing.
+        """
         layers = self.layers()
-        return self._plan(layers, agree(self._measure(layers)))
+        tables = self._ranks.gather(RankTable(layers, self._measure(layers)))
+        measurements, spreads = merge_measurements(tables)
+        if self._ranks.first:
+            self._remember(tables, measurements.values())
+            for line in report.spread_lines(spreads):
+                logger.info("%s", line)
+        return self._plan(merge_calls(layers, tables), measurements)
 
     def cached_plan(self) -> Plan | None:
-        """The plan that the cache has all measurements for, or None."""
-        cache = self._options.cache
+        """The plan, if the cache has all measurements for it, on every rank or none."""
+        cache = self._cache
         if cache is None:
             return None
-        layers = tuple(_layer(x, ()) for x in self.screened)
-        found = cache.layers(self._key, layers)
-        if found is None:
-            logger.info("cache miss: %s", cache.explain_miss(self._key, layers))
+        found = [cache.layers(self._key, layers) for layers in self._models]
+        if None in found:
+            if self._ranks.first:
+                miss = self._models[found.index(None)]
+                logger.info("cache miss: %s", cache.explain_miss(self._key, miss))
             return None
-        return self._plan(found, cache.measurements(self._key))
+        own = found[self._ranks.rank] or ()
+        return self._plan(own, cache.measurements(self._key))
 
-    def _measure(self, layers: tuple[Layer, ...]) -> dict[Signature, Measurement]:
+    def _remember(
+        self, tables: Sequence[RankTable], measurements: Iterable[Measurement]
+    ) -> None:
+        """Save every rank's layers with what was measured of their signatures."""
+        if self._cache is None:
+            return
+        known = list(measurements)
+        models = {table.layers for table in tables}
+        for layers in {merge_calls(model, tables) for model in models}:
+            called = {signature for layer in layers for signature, _ in layer.calls}
+            timed = [x for x in known if x.signature in called]
+            if timed:
+                self._cache.save(self._key, layers, timed)
+
+    def _measure(self, layers: tuple[Layer, ...]) -> tuple[Measurement, ...]:
+        """Time the signatures that are not in the cache. No collective."""
         wanted = sorted({signature for x in layers for signature, _ in x.calls})
-        cache = self._options.cache
-        known = cache.measurements(self._key) if cache else {}
+        known = self._cache.measurements(self._key) if self._cache else {}
         results = {x: known[x] for x in wanted if x in known}
         try:
             self._time([x for x in wanted if x not in known], results)
-        finally:
-            # Also after Ctrl-C: what was timed so far is not timed again.
-            if cache and results:
-                cache.save(self._key, layers, list(results.values()))
-        return results
+        except KeyboardInterrupt:
+            # What was timed so far need not be timed again.
+            timed = tuple(results.values())
+            if self._ranks.size == 1:
+                self._remember([RankTable(layers, timed)], timed)
+            raise
+        return tuple(results.values())
 
     def _time(
         self, signatures: Sequence[Signature], results: dict[Signature, Measurement]
@@ -165,7 +242,8 @@ class Pipeline:
                     sample, self._recipe, clock, config, self._compile_options
                 )
                 line = report.measurement_line(results[signature], config)
-                logger.info("[%d/%d] %s", number, len(signatures), line)
+                if self._ranks.first:
+                    logger.info("[%d/%d] %s", number, len(signatures), line)
 
     def _plan(
         self, layers: Sequence[Layer], measurements: Mapping[Signature, Measurement]

@@ -112,7 +112,7 @@ class TorchaoRecipe:
 
     def revert(self, linear: nn.Linear) -> None:
         """Take torchao's class and attributes away."""
-        restore_class(linear, self._attributes)
+        restore_class(linear, type(self._stub), self._attributes)
 
 
 def _meta_linear() -> nn.Linear:
@@ -201,7 +201,7 @@ class BFloat16Recipe:
 
     def revert(self, linear: nn.Linear) -> None:
         """Give it back the class nn.Linear."""
-        restore_class(linear, {})
+        restore_class(linear, BFloat16Linear, {})
 
 
 RecipeFactory = Callable[[torch.device], Recipe]

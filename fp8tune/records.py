@@ -166,13 +166,15 @@ class Sample:
     """One signature and the tensors it was seen with.
 
     A tensor that did not fit into ``capture_bytes`` is None, and is replaced by random
-    numbers of the same shape and dtype when the signature is timed.
+    numbers of the same shape and dtype when the signature is timed. The weight is kept
+    only where the layer does not hold it between steps, as under FSDP2.
     """
 
     signature: Signature
     linear: nn.Linear
     input: torch.Tensor | None
     grad_output: torch.Tensor | None
+    weight: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ class Measurement:
         failure: why there are no times, or None.
         detail: the failure in the words of whoever raised it.
         synthetic: random numbers stood in for tensors that were not captured.
+        recorded: the day it was timed, in UTC, as "2026-01-31"; "" if nobody said.
     """
 
     signature: Signature
@@ -196,6 +199,7 @@ class Measurement:
     failure: Reason | None = None
     detail: str = ""
     synthetic: bool = False
+    recorded: str = ""
 
     @property
     def ratios(self) -> list[float]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fp8tune.records import REFERENCE, Sample, Shape
+from fp8tune.sharding import to_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,8 @@ class Operands:
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
-        self.device = sample.linear.weight.device
+        seen = sample.linear.weight if sample.input is None else sample.input
+        self.device = seen.device
         self._grad_output: torch.Tensor | None = None
 
     @cached_property
@@ -56,12 +58,29 @@ class Operands:
         kept = self._grad_output
         if kept is None or kept.dtype != output.dtype:
             captured = self.sample.grad_output
-            if captured is None:
+            if captured is None or captured.numel() != output.numel():
                 kept = self._random(output.shape, output.dtype)
             else:
                 kept = captured.reshape(output.shape).to(output.dtype)
             self._grad_output = kept
         return kept
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """Shape (N, K): the layer's own, or a copy of what it was gathered to."""
+        shape = self.sample.signature.shape
+        own = to_local(self.sample.linear.weight)
+        tensor = own if self.sample.weight is None else self.sample.weight
+        dtype = getattr(torch, shape.weight_dtype)
+        if tensor.shape == (shape.n, shape.k) and tensor.dtype == dtype:
+            return tensor
+        return self._random((shape.n, shape.k), dtype)
+
+    @cached_property
+    def bias(self) -> torch.Tensor:
+        """Shape (N,); zeros, whose addition takes as long as any other."""
+        dtype = self.weight.dtype
+        return torch.zeros(self.weight.shape[0], dtype=dtype, device=self.device)
 
     def _random(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(
@@ -113,11 +132,12 @@ class Replay:
 
     @cached_property
     def _linear(self) -> nn.Linear:
-        shape, real = self.signature.shape, self._operands.sample.linear
+        signature, operands = self.signature, self._operands
+        shape = signature.shape
         linear = nn.Linear(shape.k, shape.n, bias=shape.bias, device="meta")
-        linear.weight = nn.Parameter(real.weight.detach(), self.signature.grad_weight)
+        linear.weight = nn.Parameter(operands.weight, signature.grad_weight)
         if shape.bias:
-            linear.bias = nn.Parameter(real.bias.detach(), self.signature.grad_bias)
+            linear.bias = nn.Parameter(operands.bias, signature.grad_bias)
         if self._recipe:
             self._recipe.convert(linear)
         return linear

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import re
 from collections import Counter
 from statistics import median
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
+from fp8tune.columns import Column, column_lines, paragraph
+from fp8tune.folding import fold_names
 from fp8tune.intervals import looks, speedup_interval
 from fp8tune.records import (
     Decision,
@@ -28,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from fp8tune.config import TuneConfig
+    from fp8tune.consensus import Spread
     from fp8tune.plan import Plan
     from fp8tune.records import Candidate
 
@@ -35,39 +32,32 @@ __all__ = [
     "describe_signature",
     "fold",
     "measurement_line",
+    "milliseconds",
     "no_candidates_line",
+    "part_of",
     "shape_change_line",
+    "speedup_words",
+    "spread_lines",
     "start_line",
     "stuck_line",
     "table_lines",
+    "words",
 ]
 
-_COLUMNS = ("layer", "M", "K", "N", "reference", "candidate", "speedup", "verdict")
-_LEFT_ALIGNED = ("layer", "verdict")
+_COLUMNS = (
+    Column("layer"),
+    *(Column(x, right=True) for x in ("M", "K", "N", "reference ms", "candidate ms")),
+    Column("speedup", right=True),
+    Column("verdict"),
+)
 _WIDTH = 110
 
 
 def table_lines(plan: Plan, width: int = _WIDTH) -> list[str]:
     """The plan as a table with a summary below; times are milliseconds per call."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in _COLUMNS:
-        left = name in _LEFT_ALIGNED
-        header = f"{name} ms" if name in ("reference", "candidate") else name
-        table.add_column(
-            header,
-            justify="left" if left else "right",
-            overflow="fold",
-            no_wrap=not left,
-        )
-    for name, decision in fold(plan.decisions):
-        table.add_row(name, *_cells(decision, plan.recipe))
-    return [*_rendered(table, width), *_footer(plan)]
-
-
-def _rendered(table: Table, width: int) -> list[str]:
-    text = io.StringIO()
-    Console(file=text, width=width, color_system=None, markup=False).print(table)
-    return [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+    rows = [[name, *_cells(x, plan.recipe)] for name, x in fold(plan.decisions)]
+    footer = [line for text in _footer(plan) for line in paragraph(text, width)]
+    return [*column_lines(_COLUMNS, rows, width), *footer]
 
 
 def _footer(plan: Plan) -> list[str]:
@@ -88,27 +78,36 @@ def _footer(plan: Plan) -> list[str]:
 def _cells(decision: Decision, recipe: str) -> list[str]:
     rows = ",".join(str(m) for m in sorted({x.shape.m for x, _ in decision.signatures}))
     converted = decision.verdict is Verdict.FLOAT8
-    verdict = f"{recipe if converted else 'reference'}: {_words(decision.reason)}"
+    verdict = f"{recipe if converted else 'reference'}: {words(decision.reason)}"
     return [
         rows or "-",
-        str(decision.k),
-        str(decision.n),
-        _milliseconds(decision.reference_ms),
-        _milliseconds(decision.float8_ms),
-        _speedup(decision),
+        part_of(decision.k, {x.shape.k for x, _ in decision.signatures}),
+        part_of(decision.n, {x.shape.n for x, _ in decision.signatures}),
+        milliseconds(decision.reference_ms),
+        milliseconds(decision.float8_ms),
+        speedup_words(decision),
         verdict,
     ]
 
 
-def _words(reason: Reason) -> str:
+def part_of(whole: int, local: set[int]) -> str:
+    """The size on one rank, and of what it is a part: "64 of 512"."""
+    parts = ",".join(str(x) for x in sorted(local))
+    return str(whole) if local <= {whole} else f"{parts} of {whole}"
+
+
+def words(reason: Reason) -> str:
+    """The reason in a few words, for tables."""
     return reason.replace("_", " ")
 
 
-def _milliseconds(value: float | None) -> str:
+def milliseconds(value: float | None) -> str:
+    """A time, or "-" where there is none."""
     return "-" if value is None else f"{value:.3f}"
 
 
-def _speedup(decision: Decision) -> str:
+def speedup_words(decision: Decision) -> str:
+    """A speedup and its interval, or "-" where there is none."""
     if decision.speedup is None:
         return "-"
     high = "inf" if decision.speedup_high is None else f"{decision.speedup_high:.2f}"
@@ -161,14 +160,14 @@ def no_candidates_line(screened: Sequence[LeftOut | Candidate]) -> str:
 
 def _counted_reasons(screened: Sequence[Candidate | LeftOut]) -> str:
     reasons = Counter(x.reason for x in screened if isinstance(x, LeftOut))
-    return ", ".join(f"{n} {_words(reason)}" for reason, n in reasons.most_common())
+    return ", ".join(f"{n} {words(reason)}" for reason, n in reasons.most_common())
 
 
 def measurement_line(measurement: Measurement, config: TuneConfig) -> str:
     """One signature and its times, or why there are none."""
     what = describe_signature(measurement.signature)
     if measurement.failure:
-        return f"{what}: {_words(measurement.failure)} ({measurement.detail})"
+        return f"{what}: {words(measurement.failure)} ({measurement.detail})"
     number = len(looks(config.max_samples))
     speedup = speedup_interval(measurement.ratios, config.confidence, number)
     drawn = ", on random numbers" if measurement.synthetic else ""
@@ -178,6 +177,16 @@ def measurement_line(measurement: Measurement, config: TuneConfig) -> str:
         f"{speedup.middle:.2f}x [{speedup.low:.2f}, {speedup.high:.2f}] "
         f"from {len(measurement.reference_ms)} pairs{drawn}"
     )
+
+
+def spread_lines(spreads: Sequence[Spread]) -> list[str]:
+    """How far ranks differ, one line per signature."""
+    return [
+        f"{describe_signature(x.signature)}: fastest {x.fastest_ms:.3f} ms on rank "
+        f"{x.fastest_rank}, slowest {x.slowest_ms:.3f} ms on rank {x.slowest_rank}, "
+        "which counts"
+        for x in spreads
+    ]
 
 
 def shape_change_line(fqn: str, planned: Sequence[Shape], found: Shape) -> str:
@@ -214,30 +223,7 @@ def fold(decisions: Iterable[Decision]) -> list[tuple[str, Decision]]:
         (name, a decision of the group) in model order; the name is the FQN, or a
         pattern such as ``layers.{0..31}.wq``.
     """
-    groups: dict[object, list[Decision]] = {}
-    for decision in decisions:
-        words = re.sub(r"(?<![^.])\d+(?![^.])", "{}", decision.fqn)
-        outcome = (decision.verdict, decision.reason, decision.signatures)
-        groups.setdefault((words, decision.k, decision.n, outcome), []).append(decision)
-    return [(_pattern([x.fqn for x in group]), group[0]) for group in groups.values()]
-
-
-def _pattern(fqns: Sequence[str]) -> str:
-    columns = zip(*(fqn.split(".") for fqn in fqns), strict=True)
-    return ".".join(_segment(dict.fromkeys(column)) for column in columns) or "(root)"
-
-
-def _segment(values: Iterable[str]) -> str:
-    found = list(values)
-    return found[0] if len(found) == 1 else "{" + _ranges(sorted(map(int, found))) + "}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> "0..2,5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
+    known = list(decisions)
+    keys = [(x.k, x.n, x.verdict, x.reason, x.signatures) for x in known]
+    groups = fold_names([x.fqn for x in known], keys)
+    return [(pattern, known[indexes[0]]) for pattern, indexes in groups]

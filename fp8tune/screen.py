@@ -10,6 +10,7 @@ from torch import nn
 from fp8tune.config import StaticFilter
 from fp8tune.linears import named_linears
 from fp8tune.records import Candidate, LeftOut, Reason
+from fp8tune.sharding import as_computed, fsdp_linears, is_plain_linear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,16 +45,17 @@ def screen(
     names = [name for name in filter_fqns if name != AUTO_FILTER_FLAG]
     small_kn = static_filter is StaticFilter.SMALL_KN or AUTO_FILTER_FLAG in filter_fqns
     embeddings = _embedding_weights(module)
+    gathered = fsdp_linears(module)
 
     def reason(fqn: str, linear: nn.Linear) -> Reason | None:
         if any(name in fqn for name in names):
             return Reason.FILTERED_BY_NAME
-        return (
-            _structural_reason(linear)
-            or (Reason.TIED_TO_EMBEDDING if id(linear.weight) in embeddings else None)
-            or recipe.supports(linear)
-            or (recipe.static_filter(linear) if small_kn else None)
-        )
+        structural = _structural_reason(linear, embeddings)
+        if structural:
+            return structural
+        local = as_computed(linear, fsdp=id(linear) in gathered)
+        small = recipe.static_filter(local) if small_kn else None
+        return recipe.supports(local) or small
 
     return [_sorted_out(fqn, x, reason(fqn, x)) for fqn, x in named_linears(module)]
 
@@ -71,13 +73,14 @@ def unmatched_names(module: nn.Module, filter_fqns: Sequence[str]) -> list[str]:
     return [name for name in names if not any(name in fqn for fqn in fqns)]
 
 
-def _structural_reason(linear: nn.Linear) -> Reason | None:
+def _structural_reason(linear: nn.Linear, embeddings: set[int]) -> Reason | None:
     # Old-style weight_norm and spectral_norm keep the class, but make `weight` a plain
     # attribute that a hook computes; parametrizations change the class.
     if "weight" not in dict(linear.named_parameters(recurse=False)):
         return Reason.PARAMETRIZED
-    if type(linear) is nn.Linear:
-        return None
+    if is_plain_linear(linear):
+        tied = id(linear.weight) in embeddings
+        return Reason.TIED_TO_EMBEDDING if tied else None
     is_float8 = any(kind.__name__ == "Float8Linear" for kind in type(linear).__mro__)
     return Reason.ALREADY_FLOAT8 if is_float8 else Reason.NOT_PLAIN_LINEAR
 

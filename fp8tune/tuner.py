@@ -92,7 +92,7 @@ class Tuner:
     def _start(self) -> None:
         pipeline = self._pipeline
         if not pipeline.candidates:
-            logger.warning("%s", report.no_candidates_line(pipeline.screened))
+            self._say(logging.WARNING, report.no_candidates_line(pipeline.screened))
             self._finish(pipeline.decide())
             return
         self.plan = pipeline.cached_plan()
@@ -102,7 +102,7 @@ class Tuner:
         pipeline.convert(self.plan.float8_fqns)
         pipeline.watch(keep_tensors=False)
         self._enter(Phase.REPLAYED)
-        logger.info("plan from the cache, nothing is timed\n%s", self.plan)
+        self._say(logging.INFO, f"plan from the cache, nothing is timed\n{self.plan}")
 
     def _begin_warmup(self) -> None:
         pipeline = self._pipeline
@@ -110,7 +110,8 @@ class Tuner:
         pipeline.convert([x.fqn for x in pipeline.candidates])
         pipeline.watch(keep_tensors=True)
         self._enter(Phase.WARMUP)
-        logger.info("%s", report.start_line(pipeline.screened, self._recipe.name))
+        line = report.start_line(pipeline.screened, self._recipe.name)
+        self._say(logging.INFO, line)
 
     def _finish(self, plan: Plan) -> None:
         self._pipeline.convert(plan.float8_fqns)
@@ -119,6 +120,11 @@ class Tuner:
         self.plan = plan
         self._enter(Phase.FROZEN)
         self.target = apply_compile(self._module, self._options.compile)
+
+    def _say(self, level: int, what: object) -> None:
+        """Log, on the first rank only."""
+        if self._options.ranks.first:
+            logger.log(level, "%s", what)
 
     def _enter(self, phase: Phase) -> None:
         if phase not in _NEXT[self.phase]:
@@ -147,7 +153,7 @@ class Tuner:
         expected = wanted + _FORWARDS_BEFORE_WARNING
         if self._forwards_without_step == expected:
             line = report.stuck_line(expected, capture.steps, capture.waiting)
-            logger.warning("%s", line)
+            self._say(logging.WARNING, line)
 
     def _replayed_forward(self) -> None:
         capture = self._pipeline.capture
@@ -165,10 +171,10 @@ class Tuner:
                     "on_shape_change to 'retune' or 'warn', or use another cache file"
                 )
             case OnShapeChange.WARN:
-                logger.warning("%s; the cached plan is kept all the same", change)
+                self._say(logging.WARNING, f"{change}; the cached plan is kept")
                 self._finish(self.plan)
             case OnShapeChange.RETUNE:
-                logger.info("%s; tuning again", change)
+                self._say(logging.INFO, f"{change}; tuning again")
                 self._begin_warmup()
                 self._pipeline.capture.begin_forward(training=True)
 
@@ -186,9 +192,7 @@ class Tuner:
         plan = self.plan
         if plan is None:
             plan = self._pipeline.decide()
-            logger.log(
-                logging.INFO if plan.float8_fqns else logging.WARNING, "%s", plan
-            )
+            self._say(logging.INFO if plan.float8_fqns else logging.WARNING, plan)
         self._finish(plan)
         return plan
 

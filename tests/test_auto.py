@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fp8tune import AutoFloat8, PhaseError, Reason, TuneConfig, register_recipe
+from fp8tune import AutoFloat8, PhaseError, Reason, TuneConfig
 from fp8tune.capture import in_backward
-from fp8tune.recipes import BFloat16Linear, BFloat16Recipe
+from fp8tune.recipes import BFloat16Linear
 
 if TYPE_CHECKING:
     from fp8tune.records import Signature
@@ -321,22 +321,6 @@ def test_a_ragged_last_batch_is_weighed_by_its_calls(
     ]
     # Two calls of 1.0 -> 0.5 ms and one of 0.5 -> 1.0 ms: 2.5 / 2.0.
     assert decision.speedup == pytest.approx(1.25)
-
-
-def test_a_recipe_of_the_users_own(scripted_clock: type) -> None:
-    class Own(BFloat16Recipe):
-        name = "own"
-
-    register_recipe("own", lambda _: Own())
-    auto = AutoFloat8(
-        nn.Linear(32, 32),
-        recipe="own",
-        warmup_steps=1,
-        clock=scripted_clock(all_faster),
-    )
-    step(auto)
-    auto.freeze()
-    assert auto.plan[""].recipe == "own"
 
 
 def test_backward_is_told_from_forward() -> None:

@@ -51,7 +51,10 @@ RUN = (
     replace(MODEL[1], calls=((SEEN[0], 3),)),
     MODEL[2],
 )
-MEASURED = [Measurement(seen, "rowwise", (1.5, 1.25), (1.0, 0.75)) for seen in SEEN]
+MEASURED = [
+    Measurement(seen, "rowwise", (1.5, 1.25), (1.0, 0.75), recorded="2026-01-31")
+    for seen in SEEN
+]
 
 
 @pytest.fixture
@@ -408,6 +411,7 @@ def test_one_changed_byte_anywhere_is_noticed_and_kept(filled, warnings):
         ),
         ("[1.5, 1.25]", "[1.5, 0.0]", "the times of Signature("),
         ("[1.5, 1.25]", "[1.5]", "the times of Signature("),
+        ("2026-01-31", "2026-02-31", "found '2026-02-31' as a date, expected one su"),
         (
             '"filtered_by_name"',
             '"whim"',

@@ -62,10 +62,11 @@ def failing(error, times, variant="bf16"):
 
 
 class Recorded(nn.Linear):
-    """Counts its forwards and what they are to be differentiated by."""
+    """Counts its forwards; knows the last one's dtype and what it is differentiated by."""
 
     forwards = 0
     differentiated = frozenset()
+    dtype = None
 
     def forward(self, input):
         tensors = {"input": input, "weight": self.weight, "bias": self.bias}
@@ -73,7 +74,9 @@ class Recorded(nn.Linear):
         Recorded.differentiated = {
             name for name, tensor in tensors.items() if tensor.requires_grad
         }
-        return super().forward(input)
+        output = super().forward(input)
+        Recorded.dtype = output.dtype
+        return output
 
 
 class RecordingRecipe:
@@ -272,14 +275,16 @@ def test_measuring_needs_and_leaves_the_grad_mode(mode):
     assert Recorded.differentiated == {"input", "weight", "bias"}
 
 
-def test_measuring_leaves_autocast():
-    shape = Shape(8, 16, 16, "float32", "float32", "bfloat16", True)
+@pytest.mark.parametrize("name", [None, "bfloat16"])
+def test_a_signature_is_timed_under_the_autocast_it_was_seen_under(name):
+    shape = Shape(8, 16, 16, "float32", "float32", name, True)
     key = dataclasses.replace(signature(), shape=shape)
-    assert measured(CpuClock(), taken=sample(key)).failure is None
-    assert not torch.is_autocast_enabled("cpu")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert measured(CpuClock()).failure is None
+    with torch.autocast("cpu", torch.float16):
+        result = measure(sample(key), RecordingRecipe(), CpuClock(), SHORT)
         assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") is torch.float16
+    assert result.failure is None
+    assert Recorded.dtype is (torch.bfloat16 if name else torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +333,7 @@ def test_many_signatures_compile_apart():
 def test_measuring_leaves_the_users_compiled_functions_alone():
     taken, backend = sample(captured=False), CountingBackend()
     linear, input = taken.linear, torch.randn(8, 16)
-    users_own = torch.compile(lambda x: linear(x), backend=backend)
+    users_own = torch.compile(lambda x: linear(x) + 1, backend=backend)
     users_own(input)
     options = {"backend": "eager", "fullgraph": True}
     for m in (4, 8, 12):

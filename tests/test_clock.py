@@ -1,0 +1,270 @@
+"""Real clocks: the CPU's everywhere, CUDA events where there is a GPU."""
+
+import time
+from statistics import median
+
+import pytest
+import torch
+from torch import nn
+
+from fp8tune.clock import CpuClock, CudaClock, block_gpu, clock_for
+from fp8tune.records import REFERENCE, Shape, Signature
+
+SHAPE = Shape(16, 16, 16, "bfloat16", "bfloat16", None, False)
+SIGNATURE = Signature(SHAPE, grad_input=True, grad_weight=True, grad_bias=False)
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no CUDA or ROCm device"
+)
+
+
+class Item:
+    """Work that runs a function, after a pause of the CPU."""
+
+    signature = SIGNATURE
+    variant = REFERENCE
+
+    def __init__(self, run, pause_s=0.0):
+        self._run = run
+        self._pause_s = pause_s
+
+    def __call__(self):
+        if self._pause_s:
+            time.sleep(self._pause_s)
+        self._run()
+
+
+def busy_for(seconds):
+    """Work that keeps a core busy for so long."""
+
+    def run():
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return Item(run)
+
+
+@pytest.fixture
+def cuda_clock():
+    """A clock on a GPU that has left its idle state."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    operand = torch.zeros(4096, 4096, device=device)
+    for _ in range(20):
+        operand @ operand
+    torch.cuda.synchronize()
+    return CudaClock(device)
+
+
+def small_linear(pause_s=0.0):
+    """The forward of a Linear that takes the GPU less time than its launch the CPU."""
+    linear = nn.Linear(512, 512, bias=False, device="cuda", dtype=torch.bfloat16)
+    tensor = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+    return Item(lambda: linear(tensor), pause_s)
+
+
+def test_the_cpu_clock_tells_twice_the_work_from_once():
+    work = [busy_for(0.02), busy_for(0.04)] * 5
+    times = CpuClock().time_ms(work)
+    assert 1.6 < median(times[1::2]) / median(times[0::2]) < 2.4
+
+
+def test_cpu_times_are_milliseconds():
+    (milliseconds,) = CpuClock().time_ms([busy_for(0.010)])
+    assert 10 <= milliseconds < 1000
+
+
+def test_flushing_the_caches_is_not_timed():
+    clock = CpuClock()
+    start = time.perf_counter()
+    times = clock.time_ms([Item(lambda: None)] * 20)
+    all_ms = (time.perf_counter() - start) * 1e3
+    assert sum(times) < all_ms / 10
+
+
+def test_cpu_work_runs_in_order_with_one_time_each():
+    order = []
+    work = [Item(lambda i=i: order.append(i)) for i in range(5)]
+    assert len(CpuClock().time_ms(work)) == 5
+    assert order == list(range(5))
+
+
+def test_warming_up_runs_the_work_more_than_once():
+    calls = []
+    CpuClock().warm_up(
+        [Item(lambda: calls.append("a")), Item(lambda: calls.append("b"))]
+    )
+    assert calls.count("a") == calls.count("b") >= 2
+
+
+def test_the_cpu_clock_is_in_seconds():
+    clock = CpuClock()
+    before = clock.now()
+    time.sleep(0.05)
+    assert 0.05 <= clock.now() - before < 5
+
+
+def test_the_cpu_clock_leaves_the_seed():
+    before = torch.get_rng_state()
+    CpuClock().time_ms([Item(lambda: None)])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_cpu_has_a_clock():
+    assert isinstance(clock_for(torch.device("cpu")), CpuClock)
+
+
+@pytest.mark.parametrize("kind", ["meta", "mps", "xpu"])
+def test_other_devices_have_none_and_the_error_says_what_to_do(kind):
+    expected = f"no clock for device type '{kind}'; pass clock="
+    with pytest.raises(NotImplementedError, match=expected):
+        clock_for(torch.device(kind))
+
+
+def test_torch_still_has_the_kernel_that_blocks():
+    assert callable(getattr(torch.cuda, "_sleep", None)), (
+        "torch.cuda._sleep is gone: without it fp8tune.clock.block_gpu does nothing, "
+        "and times of small layers include launch gaps"
+    )
+
+
+def test_without_that_kernel_nothing_blocks(monkeypatch):
+    monkeypatch.delattr(torch.cuda, "_sleep", raising=False)
+    block_gpu(10**9)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_has_a_clock():
+    assert isinstance(clock_for(torch.device("cuda")), CudaClock)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_blocking_keeps_the_gpu_busy_while_the_cpu_goes_on(cuda_clock):
+    done = torch.cuda.Event()
+    start = time.perf_counter()
+    block_gpu(int(100 * cuda_clock._cycles_per_ms))
+    done.record()
+    assert not done.query()
+    done.synchronize()
+    assert 0.05 < time.perf_counter() - start < 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_events_agree_with_a_long_run_average(cuda_clock):
+    # So large that caches hardly matter; zeros, so that the GPU does not lower its
+    # frequency in the long run.
+    a = torch.zeros(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+    item = Item(lambda: torch.mm(a, a, out=out))
+    cuda_clock.warm_up([item])
+
+    def average_ms(repetitions=20):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repetitions):
+            item()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repetitions
+
+    ratios = [median(cuda_clock.time_ms([item] * 20)) / average_ms() for _ in range(5)]
+    assert median(ratios) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_block_that_ends_too_early_is_discarded_and_made_longer(cuda_clock):
+    # The first block lasts a few milliseconds.
+    item = small_linear(pause_s=0.05)
+    cuda_clock.warm_up([item])
+    assert cuda_clock.discarded == 0
+    (milliseconds,) = cuda_clock.time_ms([item])
+    assert cuda_clock.discarded > 0
+    assert milliseconds < 5
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_block_that_is_long_enough_is_kept(cuda_clock):
+    item = small_linear(pause_s=0.05)
+    cuda_clock.warm_up([item])
+    cuda_clock.time_ms([item])
+    discarded = cuda_clock.discarded
+    for _ in range(5):
+        cuda_clock.time_ms([item])
+    # A busy machine may stretch a pause now and then.
+    assert cuda_clock.discarded <= discarded + 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_python_before_a_launch_is_not_timed(cuda_clock):
+    quick = small_linear()
+    paused = Item(quick._run, pause_s=0.002)
+    cuda_clock.warm_up([quick, paused])
+    times = [cuda_clock.time_ms([quick, paused, paused, quick]) for _ in range(10)]
+    without = median(x for a, _, _, d in times for x in (a, d))
+    with_pause = median(x for _, b, c, _ in times for x in (b, c))
+    # Some microseconds each; charged with the pause, the latter would be 2 ms.
+    assert with_pause < 1.5 * without
+    assert without < 1.5 * with_pause
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_times_come_in_the_order_of_the_work(cuda_clock):
+    a = torch.zeros(4096, 4096, device="cuda")
+    one, four = Item(lambda: a @ a), Item(lambda: [a @ a for _ in range(4)])
+    cuda_clock.warm_up([one, four])
+    times = cuda_clock.time_ms([one, four, four, one])
+    assert min(times[1:3]) > 2 * max(times[0], times[3])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_work_runs_on_the_current_stream(cuda_clock):
+    stream, seen = torch.cuda.Stream(), []
+    item = Item(lambda: seen.append(torch.cuda.current_stream().cuda_stream))
+    with torch.cuda.stream(stream):
+        cuda_clock.warm_up([item])
+        cuda_clock.time_ms([item])
+        assert torch.cuda.current_stream() == stream
+    assert set(seen) == {stream.cuda_stream}
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_timing_leaves_seeds_device_and_allocator_settings():
+    def state():
+        return (
+            torch.get_rng_state().tolist(),
+            torch.cuda.get_rng_state().tolist(),
+            torch.cuda.current_device(),
+            torch.cuda.get_allocator_backend(),
+            torch.cuda.get_per_process_memory_fraction(),
+        )
+
+    item = small_linear()
+    before = state()
+    clock = CudaClock(torch.device("cuda"))
+    clock.warm_up([item])
+    clock.time_ms([item] * 3)
+    assert state() == before
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_clock_for_another_gpu_leaves_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is only one GPU")
+    other = torch.device("cuda", 1 - torch.cuda.current_device())
+    a, current = torch.zeros(512, 512, device=other), torch.cuda.current_device()
+    clock, item = CudaClock(other), Item(lambda: a @ a)
+    clock.warm_up([item])
+    assert clock.time_ms([item])[0] > 0
+    assert torch.cuda.current_device() == current
