@@ -20,8 +20,10 @@ _GAP = 2
 _NARROW_GAP = 1
 # Below this a name would be more breaks than name.
 _NARROWEST = 10
-# Where a cell may be broken: after a space, a comma, or a dot that stands alone.
-_BREAK = re.compile(r"(?<=[ ,])|(?<=[^.]\.)(?=[^.])")
+# Where a cell may be broken: after a word, a number of a list, or a part of a name.
+_BREAK = re.compile(
+    r"(?<=[^,] )|(?<=\d,)(?=\d)|(?<=[^.]\.)(?=[^.\d])|(?<=[^.\d]\.)(?=\d)"
+)
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,16 @@ def paragraph(text: str, width: int, indent: str = "") -> list[str]:
 
 
 def _shrink(widths: list[int], cells: Sequence[Sequence[str]], room: int) -> None:
-    """Take from the widest column that can be broken, until all fit."""
-    if sum(widths) <= room:
-        return
+    """Break what costs the reader least, until all fit: headings, words, then names."""
     columns = list(zip(*cells, strict=True))
-    _shrink_to(widths, [max(map(_longest_piece, x)) for x in columns], room)
-    # Still too wide: names are broken inside a word, numbers never.
-    smallest = [min(x, _NARROWEST) for x in widths]
-    numbers = [i for i, x in enumerate(columns) if not any(map(_is_name, x[1:]))]
-    for i in numbers:
-        smallest[i] = widths[i]
-    _shrink_to(widths, smallest, room)
+    natural = list(widths)
+    headings = [max(_longest_piece(x[0]), *map(len, x[1:]), 0) for x in columns]
+    words = [max(map(_longest_piece, x)) for x in columns]
+    _shrink_to(widths, headings, room)
+    _shrink_to(widths, [natural[0], *words[1:]], room)
+    _shrink_to(widths, words, room)
+    # Still too wide: names are broken inside a part, numbers never.
+    _shrink_to(widths, [min(words[0], _NARROWEST), *words[1:]], room)
 
 
 def _shrink_to(widths: list[int], smallest: Sequence[int], room: int) -> None:
@@ -96,10 +97,6 @@ def _shrink_to(widths: list[int], smallest: Sequence[int], room: int) -> None:
 def _longest_piece(cell: str) -> int:
     # What ends a piece may not stand at the end of a line, if it is a space.
     return max(len(piece.rstrip()) for piece in _BREAK.split(cell))
-
-
-def _is_name(cell: str) -> bool:
-    return re.search(r"[A-Za-z]\.|\.[A-Za-z]|[a-z]{4}", cell) is not None
 
 
 def _row_lines(

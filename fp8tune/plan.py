@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,15 +70,8 @@ class Plan:
 
     def summary(self) -> str:
         """One line: how many Linears were converted, and why the others were not."""
-        reasons = Counter(
-            x.reason for x in self.decisions if x.verdict is Verdict.REFERENCE
-        )
-        rest = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        converted = (
-            f"converted {len(self.float8_fqns)} of {len(self.decisions)} Linears"
-        )
         name = f"{self.recipe} (emulated)" if self.emulated else self.recipe
-        return f"{converted} to {name}" + (f"; not converted: {rest}" if rest else "")
+        return report.summary_line(self.decisions, name)
 
     def __str__(self) -> str:
         """The table of decisions, identical layers of a stack in one row."""

@@ -40,6 +40,7 @@ __all__ = [
     "spread_lines",
     "start_line",
     "stuck_line",
+    "summary_line",
     "table_lines",
     "words",
 ]
@@ -88,6 +89,16 @@ def _cells(decision: Decision, recipe: str) -> list[str]:
         speedup_words(decision),
         verdict,
     ]
+
+
+def summary_line(decisions: Sequence[Decision], name: str) -> str:
+    """How many Linears were converted to the recipe of that name, and why not the rest."""
+    left = [x for x in decisions if x.verdict is Verdict.REFERENCE]
+    reasons = Counter(x.reason for x in left)
+    rest = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    number, total = len(decisions) - len(left), len(decisions)
+    converted = f"converted {number} of {total} Linears to {name}"
+    return f"{converted}; not converted: {rest}" if rest else converted
 
 
 def part_of(whole: int, local: set[int]) -> str:

@@ -1,0 +1,8 @@
+"""``python -m fp8tune``."""
+
+import sys
+
+from fp8tune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

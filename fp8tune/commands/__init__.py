@@ -1,0 +1,4 @@
+"""The commands of ``fp8tune``, one module each; they return lines and data.
+
+``fp8tune.cli`` imports the one that is asked for and prints what it returns.
+"""
