@@ -22,7 +22,9 @@ if TYPE_CHECKING:
         CacheError,
         CompiledTooEarlyError,
         ConfigError,
+        ExportError,
         Fp8TuneError,
+        MissingPackageError,
         ModelError,
         PhaseError,
         PlanMismatchError,
@@ -43,7 +45,9 @@ _HOMES = {
     "CompiledTooEarlyError": "errors",
     "ConfigError": "errors",
     "Decision": "records",
+    "ExportError": "errors",
     "Fp8TuneError": "errors",
+    "MissingPackageError": "errors",
     "ModelError": "errors",
     "OnShapeChange": "config",
     "Phase": "tuner",
@@ -71,7 +75,9 @@ __all__ = [
     "CompiledTooEarlyError",
     "ConfigError",
     "Decision",
+    "ExportError",
     "Fp8TuneError",
+    "MissingPackageError",
     "ModelError",
     "OnShapeChange",
     "Phase",
@@ -91,6 +97,10 @@ __all__ = [
     "recipe_names",
     "register_recipe",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

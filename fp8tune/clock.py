@@ -147,12 +147,12 @@ class CudaClock:
         """Run in this order on the current stream; device milliseconds of each."""
         with torch.cuda.device(self._device):
             while True:
+                longest = self._block_ms >= self._LONGEST_BLOCK_MS
                 times, gapless = self._attempt(work)
-                if gapless or self._block_ms >= self._LONGEST_BLOCK_MS:
+                if gapless or longest:
                     self._warn_about_gaps(gapless)
                     return times
                 self.discarded += 1
-                self._block_ms = min(2 * self._block_ms, self._LONGEST_BLOCK_MS)
 
     def _attempt(self, work: Sequence[Work]) -> tuple[list[float], bool]:
         """Times, and whether the GPU was still blocked when all work was enqueued."""
@@ -170,8 +170,11 @@ class CudaClock:
         gapless = not unblocked.query()
         enqueue_ms = (time.perf_counter() - enqueued_from) * 1e3
         torch.cuda.synchronize()
-        if gapless:
-            self._block_ms = max(self._FIRST_BLOCK_MS, self._MARGIN * enqueue_ms)
+        if not gapless:
+            # Never shortened again: the GPU's clock may not be what it was when the
+            # kernel was calibrated, and every batch would be thrown away once.
+            longer = max(2 * self._block_ms, self._MARGIN * enqueue_ms)
+            self._block_ms = min(longer, self._LONGEST_BLOCK_MS)
         return [start.elapsed_time(end) for start, end in events], gapless
 
     def _warn_about_gaps(self, gapless: bool) -> None:

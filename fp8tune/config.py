@@ -1,5 +1,6 @@
 """The rarer knobs, each with its unit, its default and its check."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -46,7 +47,8 @@ class TuneConfig:
         confidence: probability, between 0 and 1, that the interval around a speedup
             holds the true median; it is kept over all looks at the growing samples.
         max_samples: pairs of timings per signature at most.
-        max_seconds: seconds of timing per signature at most, compilation apart.
+        max_seconds: seconds of timing per signature at most, compilation apart; the
+            eight pairs without which nothing can be said are always taken.
         capture_bytes: bytes of activations and gradients that may be kept for timing.
             None means 2% of the device's memory.
         on_shape_change: what happens when a cached plan meets other shapes: "retune"
@@ -69,14 +71,26 @@ class TuneConfig:
         _to_enum(self, "static_filter", StaticFilter)
         _to_enum(self, "timing", Timing)
         _to_enum(self, "on_shape_change", OnShapeChange)
-        _require(self, "min_speedup", self.min_speedup > 0, "above 0")
-        _require(self, "confidence", 0 < self.confidence < 1, "between 0 and 1")
-        _require(
-            self, "max_samples", self.max_samples >= FIRST_LOOK, f">= {FIRST_LOOK}"
-        )
-        _require(self, "max_seconds", self.max_seconds > 0, "above 0 seconds")
-        enough = self.capture_bytes is None or self.capture_bytes >= 0
-        _require(self, "capture_bytes", enough, "None, or 0 bytes and more")
+        speedup, confidence = self.min_speedup, self.confidence
+        _require(self, "min_speedup", _is_number(speedup) and speedup > 0, "above 0")
+        inside = _is_number(confidence) and 0 < confidence < 1
+        _require(self, "confidence", inside, "between 0 and 1")
+        samples, seconds = self.max_samples, self.max_seconds
+        enough = _is_int(samples) and samples >= FIRST_LOOK
+        _require(self, "max_samples", enough, f">= {FIRST_LOOK}")
+        positive = _is_number(seconds) and seconds > 0
+        _require(self, "max_seconds", positive, "above 0 seconds")
+        size = self.capture_bytes
+        fits = size is None or (_is_int(size) and size >= 0)
+        _require(self, "capture_bytes", fits, "None, or 0 bytes and more")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _to_enum(config: TuneConfig, name: str, kind: type[StrEnum]) -> None:

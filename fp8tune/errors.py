@@ -9,6 +9,8 @@
     │   └── AlreadyCompiledError            torch.compile came before the tuner
     ├── PlanMismatchError (ValueError)      a plan made for another model
     ├── CacheError (ValueError)             a file that cannot be read as a cache or plan
+    ├── ExportError (ValueError)            a plan that the target has no words for
+    ├── MissingPackageError (RuntimeError)  an optional package is not installed
     ├── RankMismatchError (RuntimeError)    ranks that cannot end with the same plan
     ├── PhaseError (RuntimeError)           a call that this phase does not allow
     └── CompiledTooEarlyError (RuntimeError)  traced by torch.compile before the freeze
@@ -21,7 +23,9 @@ __all__ = [
     "CacheError",
     "CompiledTooEarlyError",
     "ConfigError",
+    "ExportError",
     "Fp8TuneError",
+    "MissingPackageError",
     "ModelError",
     "PhaseError",
     "PlanMismatchError",
@@ -56,6 +60,14 @@ class PlanMismatchError(Fp8TuneError, ValueError):
 
 class CacheError(Fp8TuneError, ValueError):
     """A file cannot be read as what it should be; the message says where and why."""
+
+
+class ExportError(Fp8TuneError, ValueError):
+    """What the plan says cannot be said in the words of the target."""
+
+
+class MissingPackageError(Fp8TuneError, RuntimeError):
+    """An optional package is not installed; the message says what to install."""
 
 
 class RankMismatchError(Fp8TuneError, RuntimeError):

@@ -19,11 +19,14 @@ from functools import cache
 from statistics import median
 from typing import NamedTuple
 
-__all__ = ["FIRST_LOOK", "Interval", "looks", "speedup_interval"]
+__all__ = ["FIRST_LOOK", "Interval", "is_steady", "looks", "speedup_interval"]
 
 # 8 pairs are the fewest whose extremes bound the median with 99%, which is what 95%
 # over five looks asks for: 2 * (1/2)**8 = 0.8%.
 FIRST_LOOK = 8
+
+# Far above the jitter of a free machine, and below what a lost time slice costs.
+_STEADY = 2.0
 
 
 class Interval(NamedTuple):
@@ -70,6 +73,15 @@ def speedup_interval(
     if rank == 0:
         return Interval(0.0, median(ordered), math.inf)
     return Interval(ordered[rank - 1], median(ordered), ordered[-rank])
+
+
+def is_steady(times_ms: Sequence[float]) -> bool:
+    """Whether the machine was free while these times of one variant were taken.
+
+    On a free machine the median lies near the minimum; a competing process makes it
+    several times as large.
+    """
+    return median(times_ms) <= _STEADY * min(times_ms)
 
 
 @cache

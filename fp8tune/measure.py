@@ -2,7 +2,9 @@
 
 Reference and candidate are run in pairs, in the order A B B A, so that drift of clocks
 and temperature falls on both alike. Samples are added until the interval of the speedup
-excludes ``min_speedup``, or a budget is spent.
+excludes ``min_speedup``, or a budget is spent. While something else keeps the machine
+busy, times are several times their minimum, and not equally so for both variants: then
+sampling goes on until the budget ends.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fp8tune.intervals import looks, speedup_interval
+from fp8tune.intervals import FIRST_LOOK, is_steady, looks, speedup_interval
 from fp8tune.memory import is_out_of_memory
 from fp8tune.records import Measurement, Reason, Sample
 from fp8tune.replay import Operands, Replay
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from fp8tune.clock import Clock
     from fp8tune.config import TuneConfig
@@ -37,6 +39,8 @@ def measure(
     clock: Clock,
     config: TuneConfig,
     compile_options: Mapping[str, Any] | None = None,
+    *,
+    release: Callable[[], object] = gc.collect,
 ) -> Measurement:
     """Time one signature; never raises for what happens inside the timed work.
 
@@ -46,17 +50,19 @@ def measure(
         clock: what times the work.
         config: ``min_speedup``, ``confidence``, ``max_samples`` and ``max_seconds``.
         compile_options: keyword arguments of torch.compile, or None to time eagerly.
+        release: called when memory ran out, to let go of captured tensors.
 
     Returns:
-        The raw times. Out of memory is tried again without the captured tensors, and
-        then reported as the failure "out_of_memory"; any other error is reported as
+        The raw times. Out of memory is tried again with random numbers, once captured
+        tensors are released, and then reported as the failure "out_of_memory"; any other error is reported as
         "not_measured" with its message.
     """
     result = _attempt(sample, recipe, clock, config, compile_options)
     if result.failure is Reason.OUT_OF_MEMORY:
+        sample = Sample(sample.signature, sample.linear, None, None)
+        release()
         _free_memory()
-        bare = Sample(sample.signature, sample.linear, None, None)
-        result = _attempt(bare, recipe, clock, config, compile_options)
+        result = _attempt(sample, recipe, clock, config, compile_options)
     return result
 
 
@@ -122,7 +128,7 @@ def _sample_until_clear(
             started = clock.now()
             times += _two_pairs(pair, clock)[: number - len(times)]
             ended = clock.now()
-            if ended + (ended - started) > deadline:
+            if len(times) >= FIRST_LOOK and ended + (ended - started) > deadline:
                 return times
         if _is_clear(times, config, len(stops)):
             return times
@@ -138,6 +144,8 @@ def _two_pairs(pair: _Pair, clock: Clock) -> list[tuple[float, float]]:
 def _is_clear(
     times: list[tuple[float, float]], config: TuneConfig, number_of_looks: int
 ) -> bool:
+    if not all(is_steady(column) for column in zip(*times, strict=True)):
+        return False
     ratios = [reference / candidate for reference, candidate in times]
     interval = speedup_interval(ratios, config.confidence, number_of_looks)
     return interval.low > config.min_speedup or interval.high < config.min_speedup

@@ -12,13 +12,13 @@ from fp8tune.codec import decode, encode
 from fp8tune.errors import CacheError, PlanMismatchError
 from fp8tune.linears import named_linears, normalize_fqn
 from fp8tune.records import Decision, Verdict
+from fp8tune.sharding import is_plain_linear
 
 if TYPE_CHECKING:
     import os
 
     from torch import nn
 
-    from fp8tune.recipes import Recipe
 
 __all__ = ["PLAN_VERSION", "Plan"]
 
@@ -77,27 +77,27 @@ class Plan:
         """The table of decisions, identical layers of a stack in one row."""
         return "\n".join(report.table_lines(self))
 
-    def apply(self, module: nn.Module, recipe: Recipe | None = None) -> None:
+    def apply(self, module: nn.Module, recipe: Any = None) -> None:
         """Convert a model in place as this plan says. No timing, any device.
 
         Args:
             module: a model with the same Linears, none of them converted.
-            recipe: needed only if the plan was made with a recipe that is not
-                registered by name.
+            recipe: a Float8LinearConfig or a Recipe; needed only if the plan was made
+                with one that is not registered by name.
 
         Raises:
             PlanMismatchError: the model's Linears are not those of the plan; the message
                 names the first that differ.
             UnknownRecipeError: ``recipe`` is needed and missing.
         """
-        from fp8tune.recipes import get_recipe  # noqa: PLC0415 - imports torchao
+        from fp8tune.recipes import resolve_recipe  # noqa: PLC0415 - imports torchao
 
         linears = dict(named_linears(module))
         self._require_same(linears)
-        wanted = [linears[fqn] for fqn in self.float8_fqns]
-        for linear in wanted:
-            recipe = recipe or get_recipe(self.recipe, linear.weight.device)
-            recipe.convert(linear)
+        for fqn in self.float8_fqns:
+            linear = linears[fqn]
+            given = self.recipe if recipe is None else recipe
+            resolve_recipe(given, linear.weight.device).convert(linear)
 
     def module_filter_fn(self, module: Any, fqn: str) -> bool:
         """Whether to convert this layer; takes what torchao and accelerate pass.
@@ -124,15 +124,22 @@ class Plan:
         planned = {x.fqn: (x.k, x.n) for x in self.decisions}
         found = {fqn: (x.in_features, x.out_features) for fqn, x in linears.items()}
         problems = [
-            f"{fqn} is only in the plan" for fqn in planned.keys() - found.keys()
+            f"{fqn or '(root)'} is only in the plan"
+            for fqn in planned.keys() - found.keys()
         ]
         problems += [
-            f"{fqn} is only in the model" for fqn in found.keys() - planned.keys()
+            f"{fqn or '(root)'} is only in the model"
+            for fqn in found.keys() - planned.keys()
         ]
         problems += [
             f"{fqn} has K, N = {found[fqn]}, in the plan {planned[fqn]}"
             for fqn in planned.keys() & found.keys()
             if planned[fqn] != found[fqn]
+        ]
+        problems += [
+            f"{fqn} is a {type(linears[fqn]).__name__}, not a plain nn.Linear"
+            for fqn in self.float8_fqns
+            if fqn in found and not is_plain_linear(linears[fqn])
         ]
         if problems:
             shown = "; ".join(sorted(problems)[:5])
@@ -161,7 +168,7 @@ class Plan:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CacheError(f"{path} is no JSON: {error}") from error
         found = (
             (data.get("format"), data.get("version"))

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from fp8tune.intervals import is_steady
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -200,6 +202,12 @@ class Measurement:
     detail: str = ""
     synthetic: bool = False
     recorded: str = ""
+
+    @property
+    def steady(self) -> bool:
+        """Whether the machine was free while this was timed."""
+        columns = (self.reference_ms, self.candidate_ms)
+        return all(is_steady(column) for column in columns if column)
 
     @property
     def ratios(self) -> list[float]:

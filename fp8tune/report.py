@@ -51,7 +51,7 @@ _COLUMNS = (
     Column("speedup", right=True),
     Column("verdict"),
 )
-_WIDTH = 110
+_WIDTH = 160
 
 
 def table_lines(plan: Plan, width: int = _WIDTH) -> list[str]:
@@ -182,11 +182,12 @@ def measurement_line(measurement: Measurement, config: TuneConfig) -> str:
     number = len(looks(config.max_samples))
     speedup = speedup_interval(measurement.ratios, config.confidence, number)
     drawn = ", on random numbers" if measurement.synthetic else ""
+    unsteady = "" if measurement.steady else ", UNSTEADY: is the machine busy?"
     return (
         f"{what}: reference {median(measurement.reference_ms):.3f} ms, "
         f"{measurement.recipe} {median(measurement.candidate_ms):.3f} ms, "
         f"{speedup.middle:.2f}x [{speedup.low:.2f}, {speedup.high:.2f}] "
-        f"from {len(measurement.reference_ms)} pairs{drawn}"
+        f"from {len(measurement.reference_ms)} pairs{drawn}{unsteady}"
     )
 
 

@@ -66,13 +66,12 @@ def silent_clock() -> ScriptedClock:
 
 def _rank_main(
     rank: int,
-    world: int,
-    store: str,
-    seconds: float,
+    group: tuple[int, str, float],
     answers: multiprocessing.Queue[tuple[int, object]],
     function: Callable[..., object],
     arguments: tuple[object, ...],
 ) -> None:
+    world, store, seconds = group
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -119,7 +118,7 @@ class Ranks:
         """
         answers = self._context.Queue()
         store = str(self._folder / uuid.uuid4().hex)
-        shared = (world, store, seconds, answers, function, arguments)
+        shared = ((world, store, seconds), answers, function, arguments)
         processes = [
             self._context.Process(target=_rank_main, args=(rank, *shared))
             for rank in range(world)

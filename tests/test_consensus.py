@@ -109,4 +109,4 @@ def test_the_first_difference_in_settings_is_named() -> None:
 
 def test_merging_needs_no_torch() -> None:
     code = "import sys, fp8tune.consensus; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603

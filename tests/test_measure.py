@@ -131,8 +131,9 @@ def test_no_clear_difference_stops_at_max_samples(scripted_clock, number):
 
 @pytest.mark.parametrize(
     ("max_seconds", "pairs"),
-    # Two pairs take 4.5 ms; they are begun only if they are expected to fit.
-    [(0.0089, 2), (0.0091, 4), (0.0134, 4), (0.0136, 6)],
+    # Two pairs take 4.5 ms. The first eight are always taken, and two more only if they
+    # are expected to fit.
+    [(0.0001, 8), (0.0224, 8), (0.0226, 10), (0.0271, 12)],
 )
 def test_a_spent_budget_stops_the_timing(scripted_clock, max_seconds, pairs):
     clock = scripted_clock(undecided())
