@@ -1,6 +1,7 @@
 """Timing one signature: when it stops, what it survives, what it leaves alone."""
 
 import dataclasses
+import itertools
 import time
 
 import pytest
@@ -131,15 +132,28 @@ def test_no_clear_difference_stops_at_max_samples(scripted_clock, number):
 
 @pytest.mark.parametrize(
     ("max_seconds", "pairs"),
-    # Two pairs take 4.5 ms. The first eight are always taken, and two more only if they
-    # are expected to fit.
-    [(0.0001, 8), (0.0224, 8), (0.0226, 10), (0.0271, 12)],
+    # Two pairs take 4.5 ms; they are begun only if they are expected to fit.
+    [(0.0224, 8), (0.0226, 10), (0.0269, 10), (0.0271, 12)],
 )
 def test_a_spent_budget_stops_the_timing(scripted_clock, max_seconds, pairs):
     clock = scripted_clock(undecided())
     result = measured(clock, TuneConfig(max_seconds=max_seconds))
     assert len(result.ratios) == pairs
     assert clock.now() <= max_seconds
+
+
+def test_layers_that_take_longer_than_the_budget_still_get_a_verdict(scripted_clock):
+    clock = scripted_clock(lambda _, variant: 300.0 if variant == "reference" else 200)
+    assert len(measured(clock, TuneConfig(max_seconds=1.0)).ratios) == 8
+
+
+def test_a_busy_machine_is_sampled_until_the_budget_ends(scripted_clock):
+    # Candidates are hit by a lost time slice in six runs of ten.
+    times = itertools.cycle([0.5, 20.0, 20.0, 0.5, 20.0, 0.5, 20.0, 20.0, 0.5, 20.0])
+    clock = scripted_clock(lambda _, v: 1.0 if v == "reference" else next(times))
+    result = measured(clock)
+    assert len(result.ratios) > 8
+    assert not result.steady
 
 
 def test_pairs_run_in_the_order_a_b_b_a(scripted_clock):
