@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import fp8tune
+from fp8tune.commands.answer import NoEntryError, Screen
 from fp8tune.errors import Fp8TuneError
 
 __all__ = ["main"]
@@ -53,18 +54,20 @@ def main(arguments: Sequence[str] | None = None, **extra: Any) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except NoEntryError as problem:
+        return _failed(parsed, problem, _NO_ENTRY)
     except (Fp8TuneError, OSError) as problem:
-        text = " ".join(str(problem).split())
-        print(f"fp8tune {parsed.command}: {text}", file=sys.stderr)
-        # Without importing the module of NoEntryError for it.
-        missing = type(problem).__name__ == "NoEntryError"
-        return _NO_ENTRY if missing else _WRONG_USE
+        return _failed(parsed, problem, _WRONG_USE)
     return _OK
 
 
-def _run(parsed: argparse.Namespace, extra: dict[str, Any]) -> None:
-    from fp8tune.commands.answer import Screen  # noqa: PLC0415 - not needed for --help
+def _failed(parsed: argparse.Namespace, problem: Exception, code: int) -> int:
+    text = " ".join(str(problem).split())
+    print(f"fp8tune {parsed.command}: {text}", file=sys.stderr)
+    return code
 
+
+def _run(parsed: argparse.Namespace, extra: dict[str, Any]) -> None:
     command = importlib.import_module(f"fp8tune.commands.{parsed.command}")
     screen = Screen(shutil.get_terminal_size().columns, _has_colours())
     answer = command.answer(parsed, screen, **extra)

@@ -10,7 +10,7 @@
     ├── PlanMismatchError (ValueError)      a plan made for another model
     ├── CacheError (ValueError)             a file that cannot be read as a cache or plan
     ├── ExportError (ValueError)            a plan that the target has no words for
-    ├── MissingPackageError (RuntimeError)  an optional package is not installed
+    ├── MissingPackageError (ImportError)   an optional package is not installed
     ├── RankMismatchError (RuntimeError)    ranks that cannot end with the same plan
     ├── PhaseError (RuntimeError)           a call that this phase does not allow
     └── CompiledTooEarlyError (RuntimeError)  traced by torch.compile before the freeze
@@ -66,7 +66,7 @@ class ExportError(Fp8TuneError, ValueError):
     """What the plan says cannot be said in the words of the target."""
 
 
-class MissingPackageError(Fp8TuneError, RuntimeError):
+class MissingPackageError(Fp8TuneError, ImportError):
     """An optional package is not installed; the message says what to install."""
 
 

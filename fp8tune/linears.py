@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["dtype_name", "named_linears", "normalize_fqn"]
 
@@ -22,9 +23,24 @@ def named_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     A Linear that is used under several names comes once, under its first; a model that
     is itself a Linear has the name "".
     """
+    wrappers = [
+        f"{fqn}.".lstrip(".")
+        for fqn, child in module.named_modules()
+        if isinstance(child, DataParallel | DistributedDataParallel)
+    ]
     for fqn, child in module.named_modules():
         if isinstance(child, nn.Linear):
-            yield normalize_fqn(fqn), child
+            yield normalize_fqn(_without_module(fqn, wrappers)), child
+
+
+def _without_module(fqn: str, wrappers: list[str]) -> str:
+    # By the wrapper's type and place, since a model may have a child called "module".
+    for wrapper in reversed(wrappers):
+        if fqn.startswith(f"{wrapper}module."):
+            fqn = wrapper + fqn.removeprefix(f"{wrapper}module.")
+        elif fqn == f"{wrapper}module":
+            fqn = wrapper.removesuffix(".")
+    return fqn
 
 
 def dtype_name(dtype: object) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8tune import report
+from fp8tune import export, report
 from fp8tune.codec import decode, encode
 from fp8tune.errors import CacheError, PlanMismatchError
 from fp8tune.linears import named_linears, normalize_fqn
-from fp8tune.records import Decision, Verdict
+from fp8tune.records import Candidate, Decision, LeftOut, Verdict
 from fp8tune.sharding import is_plain_linear
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable
 
     from torch import nn
 
@@ -53,10 +55,20 @@ class Plan:
         Raises:
             KeyError: the model had no Linear of that name.
         """
-        for decision in self.decisions:
-            if decision.fqn == normalize_fqn(fqn):
-                return decision
-        raise KeyError(f"no Linear {fqn!r} in this plan of {len(self.decisions)}")
+        decision = self.get(fqn)
+        if decision is None:
+            raise KeyError(f"no Linear {fqn!r} in this plan of {len(self.decisions)}")
+        return decision
+
+    def get(self, fqn: str) -> Decision | None:
+        """The decision for one Linear, or None if the model had none of that name."""
+        name = normalize_fqn(fqn)
+        # The prefix that DDP adds, unless the model has a child of that name.
+        return self._by_name.get(name) or self._by_name.get(name.removeprefix("module."))
+
+    @cached_property
+    def _by_name(self) -> dict[str, Decision]:
+        return {x.fqn: x for x in self.decisions}
 
     @property
     def float8_fqns(self) -> list[str]:
@@ -92,12 +104,26 @@ class Plan:
         """
         from fp8tune.recipes import resolve_recipe  # noqa: PLC0415 - imports torchao
 
+        given = self.recipe if recipe is None else recipe
+        for record in self.sort(module):
+            if isinstance(record, Candidate):
+                linear = record.linear
+                resolve_recipe(given, linear.weight.device).convert(linear)
+
+    def sort(self, module: nn.Module) -> list[Candidate | LeftOut]:
+        """The model's Linears as this plan has them, in model order.
+
+        Raises:
+            PlanMismatchError: the model's Linears are not those of the plan.
+        """
         linears = dict(named_linears(module))
         self._require_same(linears)
-        for fqn in self.float8_fqns:
-            linear = linears[fqn]
-            given = self.recipe if recipe is None else recipe
-            resolve_recipe(given, linear.weight.device).convert(linear)
+        return [
+            Candidate(fqn, linear)
+            if self[fqn].verdict is Verdict.FLOAT8
+            else LeftOut(fqn, linear, self[fqn].reason)
+            for fqn, linear in linears.items()
+        ]
 
     def module_filter_fn(self, module: Any, fqn: str) -> bool:
         """Whether to convert this layer; takes what torchao and accelerate pass.
@@ -110,15 +136,41 @@ class Plan:
             True for the layers that the plan converts; False for any other, and for
             one whose K and N are not those of the plan.
         """
+        decision = self.get(fqn)
+        if decision is None or decision.verdict is Verdict.REFERENCE:
+            return False
         k = getattr(module, "in_features", None)
         n = getattr(module, "out_features", None)
-        return (normalize_fqn(fqn), k, n) in self._converted
+        return (k, n) == (decision.k, decision.n)
 
-    @property
-    def _converted(self) -> set[tuple[str, int | None, int | None]]:
-        return {
-            (x.fqn, x.k, x.n) for x in self.decisions if x.verdict is Verdict.FLOAT8
-        }
+    def exact_fqns(self, model_or_fqns: nn.Module | Iterable[str]) -> list[str]:
+        """Names to leave out, for targets that take exact ones and refuse unknown ones.
+
+        Args:
+            model_or_fqns: the model of the target, or the names of its Linears.
+
+        Returns:
+            The model's Linears that are not to be converted, in its order.
+
+        Raises:
+            PlanMismatchError: a Linear that is to be converted is not in the model.
+        """
+        return export.exact_fqns(self, model_or_fqns)
+
+    def substring_excludes(self, model_or_fqns: nn.Module | Iterable[str]) -> list[str]:
+        """Substrings to leave out, for targets that skip each name that holds one.
+
+        Args:
+            model_or_fqns: the model of the target, or the names of its Linears.
+
+        Returns:
+            The shortest list that leaves out exactly what this plan does not convert.
+
+        Raises:
+            PlanMismatchError: a Linear that is to be converted is not in the model.
+            ExportError: no list of substrings does it; the message says why.
+        """
+        return export.substring_excludes(self, model_or_fqns)
 
     def _require_same(self, linears: dict[str, nn.Linear]) -> None:
         planned = {x.fqn: (x.k, x.n) for x in self.decisions}
@@ -155,8 +207,12 @@ class Plan:
         Raises:
             OSError: the file cannot be written.
         """
-        data = {"format": _FORMAT, "version": PLAN_VERSION, "plan": encode(self)}
-        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``save`` writes, as plain data for a checkpoint."""
+        return {"format": _FORMAT, "version": PLAN_VERSION, "plan": encode(self)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -170,6 +226,19 @@ class Plan:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise CacheError(f"{path} is no JSON: {error}") from error
+        return cls.from_dict(data, str(path))
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "the data") -> Plan:
+        """Undo ``to_dict``.
+
+        Args:
+            data: what ``to_dict`` returned.
+            where: what it was read from, for the error.
+
+        Raises:
+            CacheError: the data is no plan, or was written by a newer fp8tune.
+        """
         found = (
             (data.get("format"), data.get("version"))
             if isinstance(data, dict)
@@ -177,7 +246,7 @@ class Plan:
         )
         if found != (_FORMAT, PLAN_VERSION):
             raise CacheError(
-                f"{path} holds format and version {found!r}; expected "
+                f"{where} holds format and version {found!r}; expected "
                 f"{(_FORMAT, PLAN_VERSION)!r}, as written by Plan.save of this version"
             )
         return decode(cls, data.get("plan"), "plan")

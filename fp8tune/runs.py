@@ -7,13 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8tune.cache_file import Contents, Key, read_file
+from fp8tune.cache_file import Key, read_file
 from fp8tune.decide import decide
 from fp8tune.records import Layer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from fp8tune.config import TuneConfig
     from fp8tune.records import Decision, Measurement, Signature
@@ -54,6 +54,11 @@ class Run:
             for kind, layer in zip(kinds, self.layers, strict=True)
         )
 
+    @property
+    def emulated(self) -> bool:
+        """Whether torchao emulated the GEMMs, as the recipe's settings tell."""
+        return "emulate=True" in self.key.settings
+
     @cached_property
     def by_signature(self) -> tuple[Decision, ...]:
         """What would be decided for a layer called with one signature only."""
@@ -84,15 +89,7 @@ def load_runs(path: str | os.PathLike[str], config: TuneConfig) -> list[Run]:
         OSError: there is no such file, or it cannot be read.
     """
     contents = read_file(Path(path))
-    return _runs(contents, config)
-
-
-def _runs(contents: Contents, config: TuneConfig) -> list[Run]:
-    numbered: Sequence[tuple[int, tuple[Key, tuple[Layer, ...]]]] = [
-        (number, (key, run))
-        for number, ((key, _), run) in enumerate(contents.runs.items(), 1)
-    ]
     return [
         Run(number, key, run, contents.measurements.get(key, {}), config)
-        for number, (key, run) in numbered
+        for number, ((key, _), run) in enumerate(contents.runs.items(), 1)
     ]

@@ -151,7 +151,7 @@ def test_a_busy_machine_is_sampled_until_the_budget_ends(scripted_clock):
     # Candidates are hit by a lost time slice in six runs of ten.
     times = itertools.cycle([0.5, 20.0, 20.0, 0.5, 20.0, 0.5, 20.0, 20.0, 0.5, 20.0])
     clock = scripted_clock(lambda _, v: 1.0 if v == "reference" else next(times))
-    result = measured(clock)
+    result = measured(clock, TuneConfig())
     assert len(result.ratios) > 8
     assert not result.steady
 

@@ -85,7 +85,8 @@ def heading_lines(run: Run, of: int) -> list[str]:
     environment = dict(run.key.environment)
     device = environment.pop("device", "an unknown device")
     recorded = f", recorded {run.recorded}" if run.recorded else ""
-    what = f"{len(run.layers)} Linears, {run.key.recipe}, {run.key.timing}"
+    recipe = f"{run.key.recipe} (emulated)" if run.emulated else run.key.recipe
+    what = f"{len(run.layers)} Linears, {recipe}, {run.key.timing}"
     return [
         f"run {run.number} of {of}{recorded}: {what}, on {device}",
         ", ".join(f"{name} {value}" for name, value in environment.items()),
@@ -100,6 +101,7 @@ def run_data(run: Run) -> dict[str, Any]:
         "environment": dict(run.key.environment),
         "recipe": run.key.recipe,
         "settings": run.key.settings,
+        "emulated": run.emulated,
         "timing": run.key.timing,
     }
 

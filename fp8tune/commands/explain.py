@@ -100,10 +100,10 @@ def _opening(layer: Layer, decision: Decision) -> list[str]:
         f"is converted to {decision.recipe}" if converted else "stays in high precision"
     )
     gradient = "takes a gradient" if layer.trains else "is frozen"
+    weight = f"a {layer.weight_dtype} weight that {gradient}"
     return [
         f"{name_of(layer.fqn)} {what}: {decision.reason.sentence}.",
-        f"It has K = {layer.k} inputs and N = {layer.n} outputs, and a "
-        f"{layer.weight_dtype} weight that {gradient}.",
+        f"It has K = {layer.k} inputs and N = {layer.n} outputs, and {weight}.",
     ]
 
 
@@ -157,7 +157,7 @@ def _histogram(story: _Story, screen: Screen) -> list[str]:
         return []
     ratios = story.measurement.ratios
     low, high = min(ratios), max(ratios)
-    number = _BINS if high > low else 1
+    number = min(_BINS, len(ratios)) if high > low else 1
     step = (high - low) / number
     counts = [0] * number
     for ratio in ratios:

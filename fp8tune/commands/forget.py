@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from datetime import UTC, date, datetime, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,7 +42,8 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     path = Path(arguments.cache).resolve()
     if not path.is_file():  # before the lock, which would leave a file behind
         raise FileNotFoundError(2, "No such file", arguments.cache)
-    with FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S):
+    lock = FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S)
+    with nullcontext() if arguments.dry_run else lock:
         contents = read_file(path)
         left = _without(contents, before, wanted)
         numbers = _numbers(contents, left)
@@ -115,7 +117,7 @@ def _numbers(contents: Contents, left: Contents) -> tuple[int, int, int, int]:
 
 
 def _day(text: str) -> date:
-    """ "30d", "8w" or "2026-01-31" -> the first day that is kept."""
+    """30d, 8w or 2026-01-31 -> the first day that is kept."""
     age = re.fullmatch(r"(\d{1,5})([dw])", text)
     if age:
         days = int(age[1]) * _DAYS[age[2]]
