@@ -8,18 +8,23 @@ times nothing.
 With a GPU the model is bfloat16 and the recipe "rowwise" float8. Without one the model
 is float32 and the recipe "bf16", which has winners (w1, w2, w3) and losers (wk, wv) on
 a CPU with AMX, if nothing else keeps it busy.
+
+On several processes: ``torchrun --nproc-per-node 2 examples/train_llama.py --tp 2``, or
+``--fsdp 2``, ``--dp 2``. Only the first prints; the loss is that of its own batches.
 """
 
 import argparse
 import logging
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
 import torch
+from parallel import Processes, add_arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -174,20 +179,27 @@ class Trainer:
                 print(f"step {step:4}  loss {mean(self.losses[-every:]):.2f}")
 
 
-def build_variants(bare: Llama, plan: Plan, recipe: Recipe) -> dict[str, Llama]:
+def build_variants(
+    bare: Llama, plan: Plan, recipe: Recipe, processes: Processes
+) -> dict[str, nn.Module]:
     """Nothing converted, everything converted, and the plan; their blocks compiled."""
     converted, planned = deepcopy(bare), deepcopy(bare)
     for module in converted.modules():
         if isinstance(module, nn.Linear):
             recipe.convert(module)
     plan.apply(planned)
+    models: list[nn.Module] = []
     for model in (bare, converted, planned):
+        processes.shard(model)
         compile_blocks(model)
+        models.append(processes.replicate(model))
     names = (f"all {recipe.reference}", f"all {recipe.name}", "fp8tune's plan")
-    return dict(zip(names, (bare, converted, planned), strict=True))
+    return dict(zip(names, models, strict=True))
 
 
-def compare(models: dict[str, Llama], sizes: Sizes, device: str) -> None:
+def compare(
+    models: dict[str, nn.Module], sizes: Sizes, device: str, batches: int
+) -> None:
     """Print the tokens per second of whole training steps, taken in turns."""
     trainers = [Trainer(model, sizes, device) for model in models.values()]
     for trainer in trainers * ROUNDS:
@@ -195,26 +207,35 @@ def compare(models: dict[str, Llama], sizes: Sizes, device: str) -> None:
     seconds = [median(x.seconds[WARMUP_ROUNDS:]) for x in trainers]
     print(f"\n{'training steps':<20}{'tokens/s':>10}{'ratio':>8}")
     for name, value in zip(models, seconds, strict=True):
-        tokens = sizes.batch * sizes.length / value
+        tokens = batches * sizes.batch * sizes.length / value
         print(f"{name:<20}{tokens:>10,.0f}{seconds[0] / value:>8.2f}")
 
 
-def run(device: str, recipe: Recipe, steps: int, cache: str) -> None:
+def run(
+    arguments: argparse.Namespace, recipe: Recipe, sizes: Sizes, processes: Processes
+) -> None:
     """Train with fp8tune, then compare."""
-    sizes = GPU_SIZES if device == "cuda" else CPU_SIZES
+    device = arguments.device
     torch.manual_seed(0)
     with torch.device(device):
         model = Llama(sizes).to(getattr(torch, recipe.reference))
     bare = deepcopy(model)
+    processes.shard(model)
     # "divisible": also time what the recipe's table of small K and N would leave out.
     config = fp8tune.TuneConfig(static_filter=fp8tune.StaticFilter.DIVISIBLE)
-    auto = AutoFloat8(model, recipe, compile=compile_blocks, cache=cache, config=config)
-    Trainer(auto, sizes, device).train(steps)
-    # The plan is frozen already, unless there were hardly any steps.
-    compare(build_variants(bare, auto.freeze(), recipe), sizes, device)
+    auto = AutoFloat8(
+        model, recipe, compile=compile_blocks, cache=arguments.cache, config=config
+    )
+    trained = processes.replicate(auto)
+    processes.seed_batches()
+    Trainer(trained, sizes, device).train(arguments.steps)
+    plan = auto.freeze()  # is frozen already, unless there were hardly any steps
+    if not arguments.no_compare:
+        variants = build_variants(bare, plan, recipe, processes)
+        compare(variants, sizes, device, processes.batches)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> tuple[argparse.Namespace, Sizes, Processes]:
     """What the command line says."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description="Train a small Llama with fp8tune.")
@@ -222,20 +243,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", help="default: rowwise on a GPU, else bf16")
     parser.add_argument("--steps", type=int, default=100, help="training steps")
     parser.add_argument("--cache", default=".fp8tune/demo.json", help="a JSON file")
+    parser.add_argument("--no-compare", action="store_true", help="only train")
+    add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"argument --steps: {arguments.steps} is below 1")
-    return arguments
+    sizes = GPU_SIZES if arguments.device == "cuda" else CPU_SIZES
+    try:
+        return arguments, sizes, Processes(arguments, sizes.kv_heads)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def main() -> int:
     """Run the demo; returns the exit code."""
-    arguments = parse_arguments()
+    arguments, sizes, processes = parse_arguments()
     device = arguments.device
     name = arguments.recipe or ("rowwise" if device == "cuda" else "bf16")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    if processes.first:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    silence = nullcontext() if processes.first else redirect_stdout(None)
     try:
-        run(device, fp8tune.get_recipe(name, device), arguments.steps, arguments.cache)
+        recipe = fp8tune.get_recipe(name, device)
+        with silence, processes:
+            run(arguments, recipe, sizes, processes)
     except fp8tune.UnknownRecipeError as error:
         print(error, file=sys.stderr)
         return 2

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
         RankMismatchError,
         UnknownRecipeError,
     )
+    from fp8tune.phases import Phase
     from fp8tune.plan import Plan
     from fp8tune.recipes import Recipe, get_recipe, recipe_names, register_recipe
     from fp8tune.records import Decision, Reason, Signature, Verdict
-    from fp8tune.tuner import Phase
 
 __version__ = "0.1.0"
 
@@ -50,12 +50,12 @@ _HOMES = {
     "MissingPackageError": "errors",
     "ModelError": "errors",
     "OnShapeChange": "config",
-    "Phase": "tuner",
+    "Phase": "phases",
     "PhaseError": "errors",
     "Plan": "plan",
     "PlanMismatchError": "errors",
     "RankMismatchError": "errors",
-    "Reason": "records",
+    "Reason": "reasons",
     "Recipe": "recipes",
     "Signature": "records",
     "StaticFilter": "config",

@@ -15,13 +15,14 @@ from fp8tune.cache_file import (
     Contents,
     Key,
     read_file,
-    set_aside,
     without_calls,
     write_file,
 )
 from fp8tune.codec import encode
 from fp8tune.errors import CacheError
+from fp8tune.files import set_aside
 from fp8tune.records import Layer, Measurement, Signature
+from fp8tune.trial_records import TrialRecord
 
 __all__ = ["LOCK_TIMEOUT_S", "Cache", "Key"]
 
@@ -42,8 +43,12 @@ class Cache:
         self._contents = self._load()
 
     def measurements(self, key: Key) -> dict[Signature, Measurement]:
-        """What was measured under this key."""
+        """What was measured under this key, which is that of one recipe."""
         return dict(self._contents.measurements.get(key, {}))
+
+    def of_run(self, key: Key) -> tuple[Measurement, ...]:
+        """What was measured under the key of each of a run's recipes."""
+        return self._contents.of_run(key)
 
     def layers(self, key: Key, layers: tuple[Layer, ...]) -> tuple[Layer, ...] | None:
         """The same model's layers with their calls, as its latest run recorded them.
@@ -57,7 +62,11 @@ class Cache:
             signature in its calls.
         """
         run = self._contents.runs.get((key, without_calls(layers)))
-        return None if run is None or self._unmeasured(key, run) else run
+        return None if run is None or self._contents.unmeasured(key, run) else run
+
+    def trial(self, key: Key, layers: tuple[Layer, ...]) -> TrialRecord | None:
+        """How the trial of the same model's latest run ended, or None without one."""
+        return self._contents.trials.get((key, without_calls(layers)))
 
     def explain_miss(self, key: Key, layers: tuple[Layer, ...]) -> str:
         """One line that says how the nearest recorded run differs from this one.
@@ -81,7 +90,11 @@ class Cache:
         return "; ".join(lines) or self._explain_unmeasured(key, model)
 
     def save(
-        self, key: Key, layers: tuple[Layer, ...], measurements: Iterable[Measurement]
+        self,
+        key: Key,
+        layers: tuple[Layer, ...],
+        measurements: Iterable[Measurement],
+        trial: TrialRecord | None = None,
     ) -> None:
         """Add a run to the file; what other processes wrote meanwhile is kept.
 
@@ -90,12 +103,13 @@ class Cache:
             layers: the model, with calls; replaces its earlier run under this key.
             measurements: replace earlier ones of the same key and signature. Failed
                 ones are not saved, so that the next run tries again.
+            trial: how the run's trial ended, if it had one.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self.path}.lock", timeout=LOCK_TIMEOUT_S):
                 contents = self._read_or_set_aside()
-                contents.add(key, layers, measurements)
+                contents.add(key, layers, measurements, trial)
                 write_file(self.path, contents)
         except (OSError, CacheError) as problem:  # a filelock.Timeout is an OSError
             _logger.warning(
@@ -137,14 +151,10 @@ class Cache:
             )
             return Contents()
 
-    def _unmeasured(self, key: Key, run: tuple[Layer, ...]) -> list[Signature]:
-        measured = self._contents.measurements.get(key, {})
-        called = {signature for layer in run for signature, _ in layer.calls}
-        return [signature for signature in called if signature not in measured]
-
     def _explain_unmeasured(self, key: Key, model: tuple[Layer, ...]) -> str:
-        missing = self._unmeasured(key, self._contents.runs[key, model])
-        shapes = sorted(f"M={x.shape.m} K={x.shape.k} N={x.shape.n}" for x in missing)
+        run = self._contents.runs[key, model]
+        missing = {x.shape for x, _ in self._contents.unmeasured(key, run)}
+        shapes = sorted(f"M={x.m} K={x.k} N={x.n}" for x in missing)
         if not shapes:
             return "nothing differs"
         return f"{len(shapes)} signatures have no measurement, such as {shapes[0]}"
@@ -154,7 +164,10 @@ def _key_differences(old: Key, new: Key) -> list[str]:
     environment = _differences(
         "environment.", dict(old.environment), dict(new.environment)
     )
-    rest = [{**encode(key), "environment": None} for key in (old, new)]
+    rest = [
+        {"recipe": x.label, "settings": x.all_settings, "timing": x.timing}
+        for x in (old, new)
+    ]
     return environment + _differences("", *rest)
 
 

@@ -4,20 +4,17 @@ Described in docs/cache-format.md. Raises OSError and CacheError; what to do abo
 the business of ``fp8tune.cache``.
 """
 
-import itertools
-import math
-import os
-import shutil
-import uuid
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import TypeVar
 
+from fp8tune.cache_checks import check_date, check_times
 from fp8tune.codec import UNSEALED, seal, unseal
 from fp8tune.errors import CacheError
+from fp8tune.files import write_bytes
 from fp8tune.records import Layer, Measurement, Signature
+from fp8tune.trial_records import TrialRecord
 
 __all__ = [
     "FORMAT",
@@ -25,7 +22,6 @@ __all__ = [
     "Contents",
     "Key",
     "read_file",
-    "set_aside",
     "without_calls",
     "write_file",
 ]
@@ -51,17 +47,41 @@ class Key:
         recipe: name of the recipe.
         settings: the recipe's configuration in words.
         timing: "compiled" or "eager".
+        also: (name, settings) of the further recipes that a run chose among; of a
+            measurement it is empty.
     """
 
     environment: tuple[tuple[str, str], ...]
     recipe: str
     settings: str
     timing: str
+    also: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         # Plain strings: torch.__version__ is of a subclass that compares as a version.
         pairs = sorted((str(name), str(value)) for name, value in self.environment)
         object.__setattr__(self, "environment", tuple(pairs))
+
+    def each(self) -> tuple["Key", ...]:
+        """The key of each recipe alone, under which its measurements are."""
+        alone = replace(self, also=())
+        others = [replace(alone, recipe=x, settings=y) for x, y in self.also]
+        return (alone, *others)
+
+    def of(self, measurement: Measurement) -> "Key":
+        """The key that a measurement of this run belongs to."""
+        each = self.each()
+        return next((x for x in each if x.recipe == measurement.recipe), each[0])
+
+    @property
+    def label(self) -> str:
+        """The names of all recipes."""
+        return ", ".join([self.recipe, *(name for name, _ in self.also)])
+
+    @property
+    def all_settings(self) -> str:
+        """The configurations of all recipes."""
+        return "; ".join([self.settings, *(settings for _, settings in self.also)])
 
 
 @dataclass
@@ -73,27 +93,59 @@ class Contents:
         default_factory=dict
     )
 
+    trials: dict[tuple[Key, tuple[Layer, ...]], TrialRecord] = field(
+        default_factory=dict
+    )
+
     def add(
-        self, key: Key, layers: tuple[Layer, ...], measurements: Iterable[Measurement]
+        self,
+        key: Key,
+        layers: tuple[Layer, ...],
+        measurements: Iterable[Measurement],
+        trial: TrialRecord | None = None,
     ) -> None:
         """Add a run and what it measured."""
         for measurement in measurements:
-            self.add_measurement(key, measurement)
-        self.add_run(key, layers)
+            self.add_measurement(key.of(measurement), measurement)
+        self.add_run(key, layers, trial)
+
+    def of_run(self, key: Key) -> tuple[Measurement, ...]:
+        """What is known of each recipe of a run."""
+        found = (self.measurements.get(each, {}) for each in key.each())
+        return tuple(x for by_signature in found for x in by_signature.values())
+
+    def unmeasured(
+        self, key: Key, run: tuple[Layer, ...]
+    ) -> set[tuple[Signature, Key]]:
+        """What a run was called with that is not known of one of its recipes."""
+        missing: set[tuple[Signature, Key]] = set()
+        # Many layers share few kinds of calls.
+        kinds = {(layer.calls, layer.excluded) for layer in run}
+        for each in key.each():
+            known = self.measurements.get(each, {})
+            for calls, excluded in kinds:
+                if each.recipe not in dict(excluded):
+                    missing |= {(x, each) for x, _ in calls if x not in known}
+        return missing
 
     def add_measurement(self, key: Key, measurement: Measurement) -> None:
         """Add or replace one measurement; failed ones are not kept."""
         if measurement.failure is not None:
             return
-        _check_times(measurement)
-        _check_date(measurement.recorded)
+        check_times(measurement)
+        check_date(measurement.recorded)
         self.measurements.setdefault(key, {})[measurement.signature] = measurement
 
-    def add_run(self, key: Key, layers: tuple[Layer, ...]) -> None:
+    def add_run(
+        self, key: Key, layers: tuple[Layer, ...], trial: TrialRecord | None = None
+    ) -> None:
         """Add a run, which replaces the earlier one of the same model and key."""
         model = without_calls(layers)
         self.runs.pop((key, model), None)  # so that the latest run comes last
         self.runs[key, model] = layers
+        self.trials.pop((key, model), None)
+        if trial is not None:
+            self.trials[key, model] = trial
 
 
 # The file, field by field. Indexes count from 0 in the table that is named; what many
@@ -110,6 +162,7 @@ class _Measured:
 class _Run:
     key: int  # index in keys
     layers: tuple[tuple[int, int], ...]  # (index in layers, index in calls)
+    trial: TrialRecord | None
 
 
 @dataclass(frozen=True)
@@ -136,7 +189,11 @@ def _pack(contents: Contents) -> _File:
         for measurement in by_signature.values()
     )
     runs = tuple(
-        _Run(_number(keys, key), _pack_run(model, run, layers, calls))
+        _Run(
+            _number(keys, key),
+            _pack_run(model, run, layers, calls),
+            contents.trials.get((key, model)),
+        )
         for (key, model), run in contents.runs.items()
     )
     numbered_calls = tuple(
@@ -191,7 +248,8 @@ def _unpack(file: _File) -> Contents:
             replace(_pick(file.layers, layer, where), calls=_pick(calls, called, where))
             for layer, called in row.layers
         )
-        contents.add_run(_pick(file.keys, row.key, f"runs[{i}].key"), run)
+        key = _pick(file.keys, row.key, f"runs[{i}].key")
+        contents.add_run(key, run, row.trial)
     return contents
 
 
@@ -199,26 +257,6 @@ def _pick(table: Sequence[T], index: int, where: str) -> T:
     if not 0 <= index < len(table):
         raise CacheError(f"{where}: found {index}, expected 0 to {len(table) - 1}")
     return table[index]
-
-
-def _check_times(measurement: Measurement) -> None:
-    """Times that a speedup can be computed from, so that no reader has to check."""
-    times = measurement.reference_ms + measurement.candidate_ms
-    paired = len(measurement.reference_ms) == len(measurement.candidate_ms)
-    if not (paired and all(0 < time < math.inf for time in times)):
-        raise CacheError(
-            f"the times of {measurement.signature} are {measurement.reference_ms} and "
-            f"{measurement.candidate_ms}, expected pairs of finite ones above 0 ms"
-        )
-
-
-def _check_date(recorded: str) -> None:
-    try:
-        date.fromisoformat(recorded or "2000-01-01")
-    except ValueError:
-        raise CacheError(
-            f'found {recorded!r} as a date, expected one such as "2026-01-31", or ""'
-        ) from None
 
 
 def without_calls(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -241,28 +279,4 @@ def read_file(path: Path) -> Contents:
 
 def write_file(path: Path, contents: Contents) -> None:
     """Put a new file in the place of the old one, in one step."""
-    data = seal(_pack(contents))
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a file to a free name beside it, and return that name."""
-    names = (f"{path.name}.unreadable-{number}" for number in itertools.count(1))
-    target = next(
-        path.with_name(name)
-        for name in names
-        if not os.path.lexists(path.with_name(name))
-    )
-    # Takes the name before anyone else can, since a rename overwrites what is there.
-    target.touch(exist_ok=False)
-    return path.replace(target)
+    write_bytes(path, seal(_pack(contents)))

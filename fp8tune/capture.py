@@ -2,10 +2,6 @@
 
 The hooks only look. They return nothing, keep detached copies instead of the tensors
 themselves, and hang the gradient's hook on the output, which adds no node to the graph.
-
-A *pass* is one forward of the model with gradients enabled. Its output carries a hook
-that marks it as soon as backward reaches it, and that dies with the graph; so passes
-that still wait for their backward can be told from those that will never get one.
 """
 
 import logging
@@ -17,36 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fp8tune.linears import dtype_name
 from fp8tune.memory import is_out_of_memory
+from fp8tune.passes import Passes, in_backward
 from fp8tune.records import Candidate, Sample, Shape, Signature
 from fp8tune.sharding import to_local
 
-__all__ = ["Capture", "in_backward"]
+__all__ = ["Capture"]
 
 logger = logging.getLogger("fp8tune")
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass on this thread.
-
-    torch has no public call for this; torch.utils.checkpoint uses the same one.
-    """
-    core = torch._C  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-    graph_task = getattr(core, "_current_graph_task_id", None)
-    return graph_task is not None and graph_task() != -1
-
-
-class _Pass:
-    """One forward of the model, alive as long as its graph is."""
-
-    __slots__ = ("__weakref__", "backward_seen")
-
-    def __init__(self) -> None:
-        self.backward_seen = False
 
 
 class Capture:
@@ -62,11 +39,9 @@ class Capture:
     def __init__(
         self, module: nn.Module, candidates: Sequence[Candidate], budget_bytes: int
     ) -> None:
-        self.steps = 0
+        self._passes = Passes()
         self._budget = budget_bytes
         self._active = False
-        self._backward_seen = False
-        self._passes: list[weakref.ref[_Pass]] = []
         self._forwards: dict[str, Counter[Signature]] = {}
         self._recomputes: dict[str, Counter[Signature]] = {}
         self._linears: dict[Shape, nn.Linear] = {}
@@ -91,9 +66,8 @@ class Capture:
             training: whether this forward belongs to a training step.
         """
         self._active = training
-        if training and self._backward_seen:
-            self.steps += 1
-            self._backward_seen = False
+        if training:
+            self._passes.begin()
 
     @property
     def called(self) -> bool:
@@ -101,11 +75,14 @@ class Capture:
         return bool(self._forwards)
 
     @property
+    def steps(self) -> int:
+        """Completed training steps."""
+        return self._passes.steps
+
+    @property
     def waiting(self) -> int:
         """Passes whose graph is alive and whose backward has not begun."""
-        alive = [x for ref in self._passes if (x := ref()) and not x.backward_seen]
-        self._passes = [weakref.ref(x) for x in alive]
-        return len(alive)
+        return self._passes.waiting
 
     def close(self) -> None:
         """Remove every hook and let go of every tensor."""
@@ -156,15 +133,7 @@ class Capture:
         if not self._active:
             return
         self._active = False
-        this_pass = _Pass()
-        self._passes.append(weakref.ref(this_pass))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
-                leaf.register_hook(partial(self._pass_reached, this_pass))
-
-    def _pass_reached(self, this_pass: _Pass, grad: torch.Tensor) -> None:
-        del grad
-        this_pass.backward_seen = self._backward_seen = True
+        self._passes.ended(output)
 
     def _linear_called(
         self,
@@ -189,7 +158,7 @@ class Capture:
             output.register_hook(partial(self._gradient_seen, signature.shape))
 
     def _gradient_seen(self, shape: Shape, grad: torch.Tensor) -> None:
-        self._backward_seen = True
+        self._passes.saw_backward()
         self._keep(self._grads, shape, grad)
 
     def _keep(

@@ -10,14 +10,20 @@ from fp8tune.compiling import is_compiled
 from fp8tune.config import TuneConfig
 from fp8tune.errors import AlreadyCompiledError, ConfigError, ModelError
 from fp8tune.linears import dtype_name, named_linears
-from fp8tune.recipes import Recipe
+from fp8tune.plan import Plan
+from fp8tune.recipes import Recipes
 from fp8tune.records import Candidate, LeftOut, Reason
 
-__all__ = ["check_arguments", "check_model", "check_recipe_fits"]
+__all__ = [
+    "check_arguments",
+    "check_model",
+    "check_plan_recipe",
+    "check_recipe_fits",
+]
 
 
 def check_arguments(
-    *, warmup_steps: Any, filter_fqns: Any, compile: Any, config: Any
+    *, warmup_steps: Any, filter_fqns: Any, compile: Any, config: Any, plan: Any
 ) -> None:
     """Refuse what AutoFloat8 cannot have been meant to get.
 
@@ -41,6 +47,10 @@ def check_arguments(
         )
     if not isinstance(config, TuneConfig):
         raise ConfigError(f"config is {config!r}; it must be a fp8tune.TuneConfig")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ConfigError(
+            f"plan is {plan!r}; it must be a fp8tune.Plan, for example Plan.load(path)"
+        )
 
 
 def check_model(module: Any) -> torch.device:
@@ -82,8 +92,10 @@ def _refuse_compiled(module: nn.Module) -> None:
             )
 
 
-def check_recipe_fits(screened: Sequence[Candidate | LeftOut], recipe: Recipe) -> None:
-    """Refuse a recipe that takes the weights of no layer.
+def check_recipe_fits(
+    screened: Sequence[Candidate | LeftOut], recipes: Recipes
+) -> None:
+    """Refuse recipes that take the weights of no layer.
 
     Raises:
         ModelError: every Linear that it looked at has a dtype that it does not take.
@@ -92,10 +104,23 @@ def check_recipe_fits(screened: Sequence[Candidate | LeftOut], recipe: Recipe) -
     if wrong and not any(isinstance(x, Candidate) for x in screened):
         dtypes = {dtype_name(x.linear.weight.dtype) for x in wrong}
         raise ModelError(
-            f"recipe {recipe.name!r} is compared with {recipe.reference} and does not "
+            f"recipe {recipes.name!r} is compared with {recipes.reference} and does not "
             f"take the {', '.join(sorted(dtypes))} weights of this model's {len(wrong)} "
             f"Linears; convert the model first, for example with "
-            f"model.to(torch.{recipe.reference})"
+            f"model.to(torch.{recipes[0].reference})"
+        )
+
+
+def check_plan_recipe(plan: Plan, recipes: Recipes) -> None:
+    """Refuse a plan that was made with another recipe.
+
+    Raises:
+        ConfigError: names both recipes.
+    """
+    if plan.recipe != recipes.name:
+        raise ConfigError(
+            f"the plan was made with recipe {plan.recipe!r}, and recipe is "
+            f"{recipes.name!r}; pass recipe={plan.recipe!r} with this plan"
         )
 
 

@@ -21,6 +21,9 @@ __all__ = ["main"]
 
 _OK, _NO_ENTRY, _WRONG_USE, _INTERRUPTED = 0, 1, 2, 130
 
+# The keys of fp8tune.export.TARGETS, which would import torch.
+_TARGETS = ("accelerate", "automodel", "olmo", "torchao", "torchtitan")
+
 _DESCRIPTION = "Look at what fp8tune timed and decided, and time one shape."
 _EXIT_CODES = (
     "exit codes: 0 all went well, 1 there is no such entry, 2 the command cannot be "
@@ -72,7 +75,7 @@ def _run(parsed: argparse.Namespace, extra: dict[str, Any]) -> None:
     screen = Screen(shutil.get_terminal_size().columns, _has_colours())
     answer = command.answer(parsed, screen, **extra)
     if parsed.json:
-        print(json.dumps(answer.data, indent=1))
+        print(json.dumps(answer.data))
     else:
         print("\n".join(answer.lines))
     sys.stdout.flush()
@@ -173,6 +176,21 @@ def _add_forget(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "cache", metavar="CACHE", help="a cache file, or what Plan.save wrote"
+    )
+    parser.add_argument(
+        "--to",
+        metavar="TARGET",
+        required=True,
+        choices=_TARGETS,
+        help=", ".join(_TARGETS),
+    )
+    _add_run(parser, "--run", "of this run; else of the newest")
+    _add_min_speedup(parser)
+
+
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     _add_cache(parser)
     parser.add_argument(
@@ -211,6 +229,7 @@ _COMMANDS = {
     "show": (_add_show, "the table of decisions of each run in a cache file"),
     "explain": (_add_explain, "the whole story of one decision"),
     "diff": (_add_diff, "what two runs decided differently"),
+    "export": (_add_export, "a plan in the words of another trainer"),
     "plot": (_add_plot, "a picture of the speedups"),
     "measure": (_add_measure, "time one shape now"),
     "env": (_add_env, "what timings on this machine are true of"),

@@ -27,7 +27,7 @@ On CPU work is synchronous, and a monotonic clock around it is enough.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -69,6 +69,20 @@ class Clock(Protocol):
         """Seconds on a clock that never goes back; budgets are kept by it."""
         ...
 
+    def mark(self) -> Any:
+        """A point in the device's work, to be passed to ``elapsed_ms``."""
+        ...
+
+    def elapsed_ms(self, start: Any, end: Any, what: object) -> float:
+        """Milliseconds from one mark to another; waits for the device.
+
+        Args:
+            start: an earlier mark.
+            end: a later mark.
+            what: what ran in between, so that a scripted clock can answer for it.
+        """
+        ...
+
 
 # Compiling and autotuning happen in the first call, allocator growth in the second.
 _WARM_UP_CALLS = 3
@@ -103,6 +117,15 @@ class CpuClock:
     def now(self) -> float:
         """Seconds of ``time.perf_counter``."""
         return time.perf_counter()
+
+    def mark(self) -> float:
+        """Seconds now; work on a CPU is done when its call returns."""
+        return time.perf_counter()
+
+    def elapsed_ms(self, start: float, end: float, what: object) -> float:
+        """Milliseconds from one mark to another."""
+        del what
+        return (end - start) * 1e3
 
 
 class CudaClock:
@@ -202,6 +225,20 @@ class CudaClock:
     def now(self) -> float:
         """Seconds of ``time.perf_counter``."""
         return time.perf_counter()
+
+    def mark(self) -> torch.cuda.Event:
+        """An event on the current stream."""
+        event = _timing_event()
+        event.record()
+        return event
+
+    def elapsed_ms(
+        self, start: torch.cuda.Event, end: torch.cuda.Event, what: object
+    ) -> float:
+        """Milliseconds between two events, once the later one is reached."""
+        del what
+        end.synchronize()
+        return start.elapsed_time(end)
 
 
 def _timing_event() -> torch.cuda.Event:

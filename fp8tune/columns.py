@@ -77,7 +77,7 @@ def _shrink(widths: list[int], cells: Sequence[Sequence[str]], room: int) -> Non
     columns = list(zip(*cells, strict=True))
     natural = list(widths)
     headings = [max(_longest_piece(x[0]), *map(len, x[1:]), 0) for x in columns]
-    words = [max(map(_longest_piece, x)) for x in columns]
+    words = [max(map(_longest_piece, set(x))) for x in columns]
     _shrink_to(widths, headings, room)
     _shrink_to(widths, [natural[0], *words[1:]], room)
     _shrink_to(widths, words, room)
@@ -102,6 +102,9 @@ def _longest_piece(cell: str) -> int:
 def _row_lines(
     cells: Sequence[str], layout: Sequence[tuple[Column, int]], gap: int
 ) -> list[str]:
+    if all(len(x) <= width for x, (_, width) in zip(cells, layout, strict=True)):
+        pairs = zip(cells, layout, strict=True)
+        return [(" " * gap).join(_aligned(x, *to) for x, to in pairs).rstrip()]
     parts = [_wrapped(x, width) for x, (_, width) in zip(cells, layout, strict=True)]
     height = max(map(len, parts))
     return [

@@ -13,10 +13,17 @@ __all__ = [
     "Compile",
     "apply_compile",
     "compile_options",
+    "gate_calls",
     "is_compiled",
     "refuse_compiling",
     "timing_name",
+    "trial_steps",
 ]
+
+# Enough for two fields of eight plans, most of which leave early.
+_AUTO_TRIAL_STEPS = 400
+
+Gate = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 Compile = bool | Mapping[str, Any] | Callable[[nn.Module], Any]
 
@@ -44,6 +51,13 @@ def compile_options(compile: Compile, timing: Timing) -> dict[str, Any] | None:
     return dict(compile) if isinstance(compile, Mapping) else {}
 
 
+def trial_steps(wanted: int | str, compile: Compile) -> int:
+    """Training steps that a trial may take: "auto" tries only compiled models."""
+    if isinstance(wanted, int):
+        return wanted
+    return 0 if compile is False else _AUTO_TRIAL_STEPS
+
+
 def timing_name(options: Mapping[str, Any] | None) -> str:
     """How Linears are timed, in words; timings of different names do not compare."""
     if options is None:
@@ -59,6 +73,43 @@ def is_compiled(module: nn.Module) -> bool:
     """
     wrapped = type(module).__name__ == "OptimizedModule"
     return wrapped or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def gate_calls(
+    module: nn.Module, target: Callable[..., Any], gate: Gate
+) -> tuple[Callable[..., Any], Callable[[], None]]:
+    """Put a gate around every call of the model, whichever way it is called.
+
+    Hooks cannot do that once the model is compiled: Dynamo would trace them.
+
+    Args:
+        module: the model.
+        target: what ``apply_compile`` returned for it.
+        gate: takes a callable, returns one that is called in its place.
+
+    Returns:
+        (what to call for the model, a function that removes the gate).
+    """
+    compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is not None:
+        # torch has no public place for a call around the compiled call.
+        module._compiled_call_impl = gate(compiled)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+
+        def remove() -> None:
+            module._compiled_call_impl = compiled  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+
+        return target, remove
+    if target is not module:
+        return gate(target), lambda: None
+    own = vars(module).get("forward")
+    module.forward = gate(module.forward)
+
+    def restore() -> None:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+    return module, restore
 
 
 _TOO_EARLY = (

@@ -1,13 +1,15 @@
 """The rarer knobs, each with its unit, its default and its check."""
 
 import math
+import os
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from fp8tune.errors import ConfigError
 from fp8tune.intervals import FIRST_LOOK
 
-__all__ = ["OnShapeChange", "StaticFilter", "Timing", "TuneConfig"]
+__all__ = ["Objective", "OnShapeChange", "StaticFilter", "Timing", "TuneConfig"]
 
 
 class StaticFilter(StrEnum):
@@ -33,6 +35,13 @@ class OnShapeChange(StrEnum):
     RAISE = "raise"
 
 
+class Objective(StrEnum):
+    """What conversion is to save."""
+
+    TIME = "time"
+    MEMORY = "memory"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
     """How to screen, time and decide.
@@ -41,9 +50,20 @@ class TuneConfig:
         static_filter: "small_kn" leaves out what torchao's table for the recipe calls
             too small, besides what the hardware cannot run; "divisible" leaves out only
             the latter, so that more layers are timed.
+        include_output_layer: False leaves out what is kept in high precision elsewhere
+            for stability: the output layer, which is the last Linear if its out_features
+            is the number of rows of an nn.Embedding (torchtitan), and in a model of more
+            than eight Linears the first and the last (accelerate), unless they belong to
+            repeated blocks, which stay alike. True takes them in.
         timing: "auto" times compiled if ``compile`` is given to AutoFloat8, else eager.
         min_speedup: a layer is converted only if it is clearly faster than this many
             times its reference. 1.0 means any clear gain.
+        objective: "time" converts what is clearly faster; "memory" what needs less
+            memory at its peak and is not clearly slower than ``min_speedup``, which may
+            be below 1; on GPUs only.
+        min_sqnr_db: a recipe is rejected for a layer if the SQNR of its output or of one
+            of its gradients against float32 is below this many dB, or not known. None
+            rejects none.
         confidence: probability, between 0 and 1, that the interval around a speedup
             holds the true median; it is kept over all looks at the growing samples.
         max_samples: pairs of timings per signature at most.
@@ -53,24 +73,35 @@ class TuneConfig:
             None means 2% of the device's memory.
         on_shape_change: what happens when a cached plan meets other shapes: "retune"
             tunes again, "warn" keeps the plan, "raise" raises PlanMismatchError.
+        trial_steps: training steps that may be spent on trying whole plans after the
+            layers were timed. "auto" means 400 if ``compile`` is given to AutoFloat8, else
+            0; 0 means none.
+        profile_dir: folder for a profiler trace of each signature that is timed, as
+            TensorBoard's profiler plugin and Perfetto read it; None records none.
 
     Raises:
         ConfigError: a value is of the wrong kind or out of its range.
     """
 
     static_filter: StaticFilter = StaticFilter.SMALL_KN
+    include_output_layer: bool = False
     timing: Timing = Timing.AUTO
     min_speedup: float = 1.0
+    objective: Objective = Objective.TIME
+    min_sqnr_db: float | None = None
     confidence: float = 0.95
     max_samples: int = 128
     max_seconds: float = 1.0
     capture_bytes: int | None = None
     on_shape_change: OnShapeChange = OnShapeChange.RETUNE
+    trial_steps: int | Literal["auto"] = "auto"
+    profile_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _to_enum(self, "static_filter", StaticFilter)
         _to_enum(self, "timing", Timing)
         _to_enum(self, "on_shape_change", OnShapeChange)
+        _to_enum(self, "objective", Objective)
         speedup, confidence = self.min_speedup, self.confidence
         _require(self, "min_speedup", _is_number(speedup) and speedup > 0, "above 0")
         inside = _is_number(confidence) and 0 < confidence < 1
@@ -78,11 +109,25 @@ class TuneConfig:
         samples, seconds = self.max_samples, self.max_seconds
         enough = _is_int(samples) and samples >= FIRST_LOOK
         _require(self, "max_samples", enough, f">= {FIRST_LOOK}")
+        sqnr = self.min_sqnr_db
+        fits = sqnr is None or _is_number(sqnr)
+        _require(self, "min_sqnr_db", fits, "None, or a number of dB")
+        is_bool = self.include_output_layer in (True, False)
+        _require(self, "include_output_layer", is_bool, "True or False")
         positive = _is_number(seconds) and seconds > 0
         _require(self, "max_seconds", positive, "above 0 seconds")
+        steps = self.trial_steps
+        counted = steps == "auto" or (_is_int(steps) and steps >= 0)
+        _require(self, "trial_steps", counted, "'auto', or 0 and more")
         size = self.capture_bytes
         fits = size is None or (_is_int(size) and size >= 0)
         _require(self, "capture_bytes", fits, "None, or 0 bytes and more")
+        is_path = self.profile_dir is None or _is_path(self.profile_dir)
+        _require(self, "profile_dir", is_path, "None, or the path of a folder")
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
 
 
 def _is_int(value: object) -> bool:

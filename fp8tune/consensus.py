@@ -47,6 +47,7 @@ class Spread:
     fastest_ms: float
     slowest_rank: int
     slowest_ms: float
+    recipe: str
 
 
 def check_layers(ranks: Sequence[tuple[Layer, ...]]) -> None:
@@ -118,8 +119,10 @@ def merge_calls(
     that the counts stay those of one rank.
     """
     calls: dict[str, dict[Signature, int]] = {}
-    for table in tables:
-        for layer in table.layers:
+    # Ranks with the same calls share one tuple, see Ranks.gather.
+    distinct = {id(table.layers): table.layers for table in tables}
+    for their_layers in distinct.values():
+        for layer in their_layers:
             mine = calls.setdefault(layer.fqn, {})
             for signature, count in layer.calls:
                 mine[signature] = max(count, mine.get(signature, 0))
@@ -131,20 +134,20 @@ def merge_calls(
 
 def merge_measurements(
     tables: Sequence[RankTable],
-) -> tuple[dict[Signature, Measurement], list[Spread]]:
-    """The slowest rank's samples of each signature, and how far the ranks differ.
+) -> tuple[list[Measurement], list[Spread]]:
+    """The slowest rank's samples of each signature and recipe, and how ranks differ.
 
     Returns:
-        (one measurement per signature, one spread per signature that several ranks
-        timed), in the order of the signatures.
+        (one measurement per signature and recipe, one spread for each that several
+        ranks timed), in the order of the signatures.
     """
-    found: dict[Signature, list[tuple[int, Measurement]]] = {}
+    found: dict[tuple[Signature, str], list[tuple[int, Measurement]]] = {}
     for rank, table in enumerate(tables):
-        for measurement in table.measurements:
-            found.setdefault(measurement.signature, []).append((rank, measurement))
-    ordered = sorted(found.items())
-    merged = {signature: _slowest(by_rank) for signature, by_rank in ordered}
-    spreads = [_spread(x, by_rank) for x, by_rank in ordered if len(by_rank) > 1]
+        for x in table.measurements:
+            found.setdefault((x.signature, x.recipe), []).append((rank, x))
+    ordered = [by_rank for _, by_rank in sorted(found.items())]
+    merged = [_slowest(by_rank) for by_rank in ordered]
+    spreads = [_spread(by_rank) for by_rank in ordered if len(by_rank) > 1]
     return merged, [x for x in spreads if x is not None]
 
 
@@ -158,14 +161,15 @@ def _pair_ms(measurement: Measurement) -> float:
     return median(measurement.reference_ms) + median(measurement.candidate_ms)
 
 
-def _spread(
-    signature: Signature, by_rank: Sequence[tuple[int, Measurement]]
-) -> Spread | None:
+def _spread(by_rank: Sequence[tuple[int, Measurement]]) -> Spread | None:
     times = [(median(x.candidate_ms), rank) for rank, x in by_rank if not x.failure]
     if not times:
         return None
     (fastest_ms, fastest), (slowest_ms, slowest) = min(times), max(times)
-    return Spread(signature, fastest, fastest_ms, slowest, slowest_ms)
+    measured = by_rank[0][1]
+    return Spread(
+        measured.signature, fastest, fastest_ms, slowest, slowest_ms, measured.recipe
+    )
 
 
 def first_difference(ranks: Sequence[Mapping[str, str]]) -> str | None:

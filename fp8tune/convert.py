@@ -53,12 +53,12 @@ def _swap(linear: nn.Linear, old: type[nn.Linear], new: type[nn.Linear]) -> None
 
 
 @contextmanager
-def reverted(linears: Sequence[nn.Linear], recipe: Recipe) -> Generator[None]:
+def reverted(conversions: Sequence[tuple[nn.Linear, Recipe]]) -> Generator[None]:
     """Inside the block these converted Linears run in high precision."""
-    for linear in linears:
+    for linear, recipe in conversions:
         recipe.revert(linear)
     try:
         yield
     finally:
-        for linear in linears:
+        for linear, recipe in conversions:
             recipe.convert(linear)

@@ -1,72 +1,98 @@
 """Stage 5: measurements -> decisions. Pure statistics; imports no torch.
 
-A layer that was called with one signature has that signature's speedup and interval. A
-layer called with several (say M = 8192 in most steps and a ragged last batch) is judged
-by its whole time: with c calls of reference time r and speedup s,
+Each recipe that a layer could take is judged against high precision, and the best of
+those that pass is chosen:
 
-    speedup = sum(c * r) / sum(c * r / s)
+* objective "time": the fastest; but among those that do not differ clearly from it the
+  most accurate. A recipe passes if it is clearly faster than ``min_speedup``.
+* objective "memory": the one that needs the least memory. A recipe passes if it needs
+  less than high precision and is not clearly slower than ``min_speedup``.
 
-and the bounds take every signature's own bound for s, so they are wider than need be,
-never narrower.
+Two recipes are compared as a recipe and high precision are, with the one in the place of
+the reference; both relate to the reference's time in the same round, which cancels out.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import median
 
-from fp8tune.config import TuneConfig
-from fp8tune.intervals import Interval, looks, speedup_interval
-from fp8tune.records import (
-    Decision,
-    Layer,
-    Measurement,
-    Reason,
-    Signature,
-    Verdict,
-)
+from fp8tune.config import Objective, TuneConfig
+from fp8tune.judge import Index, Tried, combined, try_recipe
+from fp8tune.records import Decision, Layer, Measurement, Reason, Variant, Verdict
 
 __all__ = ["decide"]
 
 
 def decide(
     layers: Sequence[Layer],
-    measurements: Mapping[Signature, Measurement],
-    recipe: str,
+    measurements: Iterable[Measurement],
+    recipes: Sequence[str],
     config: TuneConfig,
 ) -> tuple[Decision, ...]:
     """One decision per layer, in the order of ``layers``.
 
     Args:
         layers: every Linear of the model and how it was called.
-        measurements: one per signature that any candidate was called with.
-        recipe: name of the recipe that was measured.
-        config: ``min_speedup``, ``confidence`` and ``max_samples`` are used.
+        measurements: one per recipe and signature that any candidate was called with.
+        recipes: names of the recipes that were measured, in the user's order.
+        config: ``min_speedup``, ``confidence``, ``max_samples``, ``min_sqnr_db`` and
+            ``objective`` are used.
 
     Returns:
-        Decisions; a layer is float8 only if the lower end of its speedup's interval lies
-        above ``min_speedup``.
+        Decisions; a layer is float8 only if some recipe passes.
     """
-    return tuple(_decide_layer(x, measurements, recipe, config) for x in layers)
+    index = {(x.signature, x.recipe): x for x in measurements}
+    # Alike layers are decided once: a large model has thousands of few kinds.
+    kinds = [(x.k, x.n, x.reason, x.calls, x.excluded) for x in layers]
+    distinct = dict(zip(kinds, layers, strict=True))
+    decided = {
+        kind: _decide_layer(layer, index, recipes, config)
+        for kind, layer in distinct.items()
+    }
+    return tuple(
+        replace(decided[kind], fqn=layer.fqn)
+        for kind, layer in zip(kinds, layers, strict=True)
+    )
 
 
 def _decide_layer(
-    layer: Layer,
-    measurements: Mapping[Signature, Measurement],
-    recipe: str,
-    config: TuneConfig,
+    layer: Layer, index: Index, recipes: Sequence[str], config: TuneConfig
 ) -> Decision:
     if layer.reason:
         return _reference(layer, layer.reason)
     if not layer.calls:
         return _reference(layer, Reason.NEVER_CALLED)
-    found = [measurements.get(signature) for signature, _ in layer.calls]
-    measured = [x for x in found if x is not None and x.failure is None]
-    if len(measured) < len(found):
-        return _failed(layer, found)
-    return _judged(layer, measured, recipe, config)
+    tried = [try_recipe(layer, recipe, index, config) for recipe in recipes]
+    passed = [x for x in tried if x.passes]
+    chosen = _choose(passed, config) if passed else None
+    nearest = chosen or min(tried, key=_distance)
+    shown = nearest.variant
+    variants = [_compared(x, chosen, config) for x in tried]
+    return Decision(
+        layer.fqn,
+        layer.k,
+        layer.n,
+        Verdict.FLOAT8 if chosen else Verdict.REFERENCE,
+        shown.reason,
+        recipe=shown.recipe if chosen else None,
+        signatures=layer.calls,
+        reference_ms=shown.reference_ms,
+        float8_ms=shown.float8_ms,
+        speedup=shown.speedup,
+        speedup_low=shown.speedup_low,
+        speedup_high=shown.speedup_high,
+        samples=shown.samples,
+        detail=shown.detail,
+        sqnr_db=shown.sqnr_db,
+        reference_bytes=shown.reference_bytes,
+        float8_bytes=shown.float8_bytes,
+        nearest=shown.recipe,
+        variants=tuple(variants),
+    )
 
 
-def _reference(layer: Layer, reason: Reason, detail: str = "") -> Decision:
+def _reference(layer: Layer, reason: Reason) -> Decision:
     return Decision(
         layer.fqn,
         layer.k,
@@ -74,69 +100,63 @@ def _reference(layer: Layer, reason: Reason, detail: str = "") -> Decision:
         Verdict.REFERENCE,
         reason,
         signatures=layer.calls,
-        detail=detail,
     )
 
 
-def _failed(layer: Layer, found: Sequence[Measurement | None]) -> Decision:
-    failure = next((x for x in found if x is not None and x.failure), None)
-    if failure is None or failure.failure is None:
-        return _reference(layer, Reason.NOT_MEASURED, "no measurement of its signature")
-    return _reference(layer, failure.failure, failure.detail)
+# Of several recipes that do not pass, the one that came nearest says why.
+_NEAREST_FIRST = (
+    Reason.ACCURACY,
+    Reason.NO_CLEAR_DIFFERENCE,
+    Reason.MORE_MEMORY,
+    Reason.SLOWER,
+    Reason.OUT_OF_MEMORY,
+    Reason.NOT_MEASURED,
+)
 
 
-def _judged(
-    layer: Layer, measured: Sequence[Measurement], recipe: str, config: TuneConfig
-) -> Decision:
-    counts = [count for _, count in layer.calls]
-    times = [median(x.reference_ms) for x in measured]
-    total = sum(c * t for c, t in zip(counts, times, strict=True))
-    speedup = _combined(measured, counts, times, config)
-    reason = _reason(speedup, config.min_speedup)
-    reference_ms = total / sum(counts)
-    return Decision(
-        layer.fqn,
-        layer.k,
-        layer.n,
-        Verdict.FLOAT8 if reason is Reason.FASTER else Verdict.REFERENCE,
-        reason,
-        recipe=recipe if reason is Reason.FASTER else None,
-        signatures=layer.calls,
-        reference_ms=reference_ms,
-        float8_ms=reference_ms / speedup.middle,
-        speedup=speedup.middle,
-        speedup_low=speedup.low,
-        speedup_high=None if math.isinf(speedup.high) else speedup.high,
-        samples=sum(len(x.reference_ms) for x in measured),
-    )
+def _distance(tried: Tried) -> tuple[int, float]:
+    reason = tried.variant.reason
+    known = reason in _NEAREST_FIRST
+    rank = _NEAREST_FIRST.index(reason) if known else len(_NEAREST_FIRST)
+    return rank, -(tried.variant.speedup or 0.0)
 
 
-def _combined(
-    measured: Sequence[Measurement],
-    counts: Sequence[int],
-    times: Sequence[float],
-    config: TuneConfig,
-) -> Interval:
-    number = len(looks(config.max_samples))
-    intervals = [
-        speedup_interval(x.ratios, config.confidence, number) for x in measured
+def _choose(passed: Sequence[Tried], config: TuneConfig) -> Tried:
+    if config.objective is Objective.MEMORY:
+        return min(passed, key=lambda x: (x.variant.float8_bytes or 0, -_speed(x)))
+    fastest = max(passed, key=_speed)
+    close = [x for x in passed if x is fastest or not _is_beaten(x, fastest, config)]
+    return max(close, key=lambda x: (_sqnr_db(x), _speed(x)))
+
+
+def _speed(tried: Tried) -> float:
+    return tried.variant.speedup or 0.0
+
+
+def _sqnr_db(tried: Tried) -> float:
+    known = tried.variant.sqnr_db
+    return -math.inf if known is None else known
+
+
+def _is_beaten(slow: Tried, fast: Tried, config: TuneConfig) -> bool:
+    """Whether ``fast`` is clearly faster, round by round."""
+    pairs = list(zip(slow.measured, fast.measured, strict=True))
+    # Rounds of different lengths are those of different runs, one of them cached.
+    ratios = [
+        [b / a for a, b in zip(x.ratios, y.ratios, strict=False)] for x, y in pairs
     ]
-    total = sum(c * t for c, t in zip(counts, times, strict=True))
-
-    def whole(bounds: Sequence[float]) -> float:
-        parts = zip(counts, times, bounds, strict=True)
-        if not all(bounds):
-            return 0.0
-        candidate = sum(c * t / s for c, t, s in parts)
-        return total / candidate if candidate else math.inf
-
-    low, middle, high = zip(*intervals, strict=True)
-    return Interval(whole(low), whole(middle), whole(high))
+    times = [median(x.candidate_ms) for x, _ in pairs]
+    return combined(ratios, slow.counts, times, config).low > 1
 
 
-def _reason(speedup: Interval, threshold: float) -> Reason:
-    if speedup.low > threshold:
-        return Reason.FASTER
-    if speedup.high < threshold:
-        return Reason.SLOWER
-    return Reason.NO_CLEAR_DIFFERENCE
+def _compared(tried: Tried, chosen: Tried | None, config: TuneConfig) -> Variant:
+    """What is said of a recipe beside the one that was chosen."""
+    if chosen is None or tried is chosen or not tried.passes:
+        return tried.variant
+    if config.objective is Objective.MEMORY:
+        reason = Reason.MORE_MEMORY
+    elif _is_beaten(tried, chosen, config) or _sqnr_db(tried) >= _sqnr_db(chosen):
+        reason = Reason.NOT_THE_FASTEST
+    else:
+        reason = Reason.LESS_ACCURATE
+    return replace(tried.variant, reason=reason)

@@ -13,6 +13,7 @@ What the targets take:
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import TYPE_CHECKING, Never
 
 from torch import nn
@@ -26,8 +27,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from fp8tune.plan import Plan
+    from fp8tune.records import Decision
 
-__all__ = ["TARGETS", "exact_fqns", "export_lines", "substring_excludes"]
+__all__ = [
+    "TARGETS",
+    "exact_fqns",
+    "export_lines",
+    "single_recipe",
+    "substring_excludes",
+]
 
 
 def exact_fqns(plan: Plan, model_or_fqns: nn.Module | Iterable[str]) -> list[str]:
@@ -40,6 +48,8 @@ def substring_excludes(
 ) -> list[str]:
     """See ``Plan.substring_excludes``."""
     kept, excluded = _split(plan, model_or_fqns)
+    if not kept:
+        return [""] if excluded else []
     # Names hold no newlines, so that no substring spans two of them.
     text = "\n".join(kept)
     words: set[str] = set()
@@ -151,26 +161,47 @@ def export_lines(plan: Plan, target: str) -> list[str]:
             f"unknown target {target!r}; choose one of {', '.join(sorted(TARGETS))}"
         )
     recipes, write = TARGETS[target]
-    if plan.recipe not in recipes:
+    recipe = single_recipe(plan)
+    if recipe not in recipes:
         raise ExportError(
-            f"the plan was made with the recipe {plan.recipe!r}, and {target} knows "
+            f"the plan was made with the recipe {recipe!r}, and {target} knows "
             f"{', '.join(recipes)}; tune with one of these"
         )
-    return [f"# {plan.summary()}", *write(plan)]
+    summary = textwrap.wrap(plan.summary(), 78)
+    return [*(f"# {line}" for line in summary), *write(plan, recipe)]
 
 
-def _torchao(plan: Plan) -> list[str]:
+def single_recipe(plan: Plan) -> str:
+    """Name of the one recipe that the plan converts to; targets take no more.
+
+    Raises:
+        ExportError: it converts some layers to one recipe and some to another.
+    """
+    used = {x.recipe or plan.recipe for x in plan.decisions if _is_float8(x)}
+    if len(used) > 1:
+        raise ExportError(
+            f"the plan converts to several recipes ({', '.join(sorted(used))}), and only "
+            "plan.apply(model) can do that; tune with one recipe"
+        )
+    return used.pop() if used else plan.recipe.split(",")[0]
+
+
+def _is_float8(decision: Decision) -> bool:
+    return decision.verdict is Verdict.FLOAT8
+
+
+def _torchao(plan: Plan, recipe: str) -> list[str]:
     return [
         "from dataclasses import replace",
         "",
         "from torchao.float8 import Float8LinearConfig, convert_to_float8_training",
         "",
-        *_filter_function(plan),
+        *_filter_function(plan, recipe),
         "convert_to_float8_training(model, config=config, module_filter_fn=is_float8)",
     ]
 
 
-def _accelerate(plan: Plan) -> list[str]:
+def _accelerate(plan: Plan, recipe: str) -> list[str]:
     return [
         "from dataclasses import replace",
         "",
@@ -178,13 +209,13 @@ def _accelerate(plan: Plan) -> list[str]:
         "from accelerate.utils import AORecipeKwargs",
         "from torchao.float8 import Float8LinearConfig",
         "",
-        *_filter_function(plan),
+        *_filter_function(plan, recipe),
         "recipe = AORecipeKwargs(config=config, module_filter_func=is_float8)",
         'accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[recipe])',
     ]
 
 
-def _filter_function(plan: Plan) -> list[str]:
+def _filter_function(plan: Plan, recipe: str) -> list[str]:
     return [
         "FLOAT8_FQNS = {",
         *(f"    {json.dumps(fqn)}," for fqn in plan.float8_fqns),
@@ -195,30 +226,32 @@ def _filter_function(plan: Plan) -> list[str]:
         "    return fqn in FLOAT8_FQNS",
         "",
         "",
-        f'config = Float8LinearConfig.from_recipe_name("{plan.recipe}")',
+        f'config = Float8LinearConfig.from_recipe_name("{recipe}")',
         "config = replace(config, pad_inner_dim=True)  # M need not divide by 16",
     ]
 
 
-def _torchtitan(plan: Plan) -> list[str]:
+def _torchtitan(plan: Plan, recipe: str) -> list[str]:
     return [
         "Float8LinearConverter.Config(",
-        f'    recipe_name="{plan.recipe}",',
+        f'    recipe_name="{recipe}",',
         *_listed("filter_fqns", _all_substrings(plan)),
         ")",
     ]
 
 
-def _automodel(plan: Plan) -> list[str]:
+def _automodel(plan: Plan, recipe: str) -> list[str]:
+    names = [f"  - {json.dumps(x)}" for x in _all_substrings(plan)]
     return [
         "fp8:",
         "  enabled: true",
-        f"  recipe_name: {plan.recipe}",
-        f"  filter_fqns: {json.dumps(_all_substrings(plan))}",
+        f"  recipe_name: {recipe}",
+        f"  filter_fqns:{'' if names else ' []'}",
+        *names,
     ]
 
 
-def _olmo(plan: Plan) -> list[str]:
+def _olmo(plan: Plan, recipe: str) -> list[str]:
     always_ignored = "lm_head.w_out"
     if always_ignored in plan.float8_fqns:
         raise ExportError(
@@ -228,7 +261,7 @@ def _olmo(plan: Plan) -> list[str]:
     names = exact_fqns(plan, [x.fqn for x in plan.decisions])
     return [
         "Float8Config(",
-        f"    ao_recipe=AOFloat8LinearRecipe.{plan.recipe},",
+        f"    ao_recipe=AOFloat8LinearRecipe.{recipe},",
         *_listed("modules_to_ignore", names),
         ")",
     ]
@@ -244,7 +277,7 @@ def _listed(name: str, values: Sequence[str]) -> list[str]:
 
 _ALL_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 
-TARGETS: dict[str, tuple[tuple[str, ...], Callable[[Plan], list[str]]]] = {
+TARGETS: dict[str, tuple[tuple[str, ...], Callable[[Plan, str], list[str]]]] = {
     "torchao": (_ALL_RECIPES, _torchao),
     "accelerate": (_ALL_RECIPES, _accelerate),
     "torchtitan": (("rowwise", "rowwise_with_gw_hp"), _torchtitan),

@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
-__all__ = ["fold_names"]
+__all__ = ["fold_names", "without_numbers"]
 
 # A number that is a whole part of a name, as in layers.0.wq, but not as in w1.
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def without_numbers(name: str) -> str:
+    """The name with {} in place of each number: "layers.{}.wq"."""
+    return _NUMBER.sub("{}", name)
 
 
 def fold_names(
@@ -31,7 +36,7 @@ def fold_names(
     """
     groups: dict[object, list[int]] = {}
     for index, (name, key) in enumerate(zip(names, keys, strict=True)):
-        groups.setdefault((_NUMBER.sub("{}", name), key), []).append(index)
+        groups.setdefault((without_numbers(name), key), []).append(index)
     return [x for group in groups.values() for x in _patterns(names, group)]
 
 

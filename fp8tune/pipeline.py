@@ -9,63 +9,47 @@
 """
 
 import logging
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from fp8tune import report
-from fp8tune.cache import Cache, Key
+from fp8tune.cache import Key
 from fp8tune.capture import Capture
-from fp8tune.checks import check_recipe_fits
+from fp8tune.checks import check_plan_recipe, check_recipe_fits
 from fp8tune.clock import Clock, clock_for
-from fp8tune.compiling import Compile, compile_options, timing_name
-from fp8tune.config import TuneConfig
+from fp8tune.compiling import compile_options, timing_name, trial_steps
 from fp8tune.consensus import (
     RankTable,
-    check_layers,
-    first_difference,
     merge_calls,
     merge_measurements,
 )
 from fp8tune.decide import decide
 from fp8tune.environment import describe_environment
-from fp8tune.errors import RankMismatchError
-from fp8tune.linears import dtype_name
-from fp8tune.measure import measure
+from fp8tune.layers import layer_of
 from fp8tune.memory import default_capture_bytes
+from fp8tune.options import Options
 from fp8tune.plan import Plan
-from fp8tune.ranks import Ranks
-from fp8tune.recipes import Recipe
-from fp8tune.records import Candidate, Layer, LeftOut, Measurement, Signature
+from fp8tune.recipes import Recipe, Recipes
+from fp8tune.records import (
+    Candidate,
+    Layer,
+    LeftOut,
+    Measurement,
+    Reason,
+    Signature,
+)
+from fp8tune.report_recipes import accuracy_lines
+from fp8tune.roles import after_trial
 from fp8tune.screen import screen, unmatched_names
+from fp8tune.shared_cache import SharedCache
+from fp8tune.timing import time_signatures
+from fp8tune.trial_records import TrialRecord
 
-__all__ = ["Options", "Pipeline"]
+__all__ = ["Pipeline"]
 
 logger = logging.getLogger("fp8tune")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The checked arguments of AutoFloat8."""
-
-    warmup_steps: int
-    filter_fqns: Sequence[str]
-    compile: Compile
-    cache: str | os.PathLike[str] | None
-    config: TuneConfig
-    clock: Clock | None
-    ranks: Ranks
-
-    def must_agree(self) -> dict[str, str]:
-        """What would make plans differ if ranks had been given different values."""
-        return {
-            "warmup_steps": str(self.warmup_steps),
-            "filter_fqns": str(list(self.filter_fqns)),
-            "config": str(replace(self.config, capture_bytes=None)),
-        }
 
 
 class Pipeline:
@@ -74,11 +58,12 @@ class Pipeline:
     Args:
         module: the model; its Linears are screened at once.
         device: where it is.
-        recipe: what its Linears may be converted to.
+        recipes: what its Linears may be converted to.
         options: the rest.
 
     Raises:
-        ModelError: the recipe does not take the dtype of any Linear.
+        ModelError: no recipe takes the dtype of any Linear.
+        PlanMismatchError: a plan was given that was made for another model.
         RankMismatchError: ranks hold different layers or got different settings.
 
     Attributes:
@@ -89,26 +74,45 @@ class Pipeline:
     """
 
     def __init__(
-        self, module: nn.Module, device: torch.device, recipe: Recipe, options: Options
+        self,
+        module: nn.Module,
+        device: torch.device,
+        recipes: Recipes,
+        options: Options,
     ) -> None:
         self._module = module
         self._device = device
-        self._recipe = recipe
+        self._recipes = recipes
         self._options = options
         self._ranks = options.ranks
-        self._mixed: str | None = None
+        self._timed: tuple[Layer, ...] = ()
         self._compile_options = compile_options(options.compile, options.config.timing)
         timing = timing_name(self._compile_options)
         environment = describe_environment(device)
-        self._key = Key(environment, recipe.name, recipe.settings, timing)
+        (name, settings), *also = [(x.name, x.settings) for x in recipes]
+        self._key = Key(environment, name, settings, timing, tuple(also))
         self.converted: dict[str, nn.Linear] = {}
+        self._converted_to: dict[str, Recipe] = {}
         self.screened = self._screen()
         self.candidates = [x for x in self.screened if isinstance(x, Candidate)]
+        # What each candidate is converted to when it is: at first the first that fits.
+        self._assigned = {x.fqn: self._fitting(x.excluded)[0] for x in self.candidates}
+        if options.plan:
+            self._assign(options.plan)
         self.capture = Capture(module, [], 0)
-        self._models = self._compare_ranks()
-        self._cache = self._shared_cache()
+        self._cache = SharedCache(
+            self._ranks,
+            options.cache,
+            self._key,
+            tuple(layer_of(x) for x in self.screened),
+            options.must_agree(),
+        )
 
     def _screen(self) -> list[Candidate | LeftOut]:
+        plan = self._options.plan
+        if plan is not None:
+            check_plan_recipe(plan, self._recipes)
+            return plan.sort(self._module)
         names = self._options.filter_fqns
         unmatched = unmatched_names(self._module, names) if self._ranks.first else []
         for name in unmatched:
@@ -119,12 +123,18 @@ class Pipeline:
             )
         screened = screen(
             self._module,
-            self._recipe,
+            self._recipes,
             filter_fqns=names,
             static_filter=self._options.config.static_filter,
+            include_output_layer=self._options.config.include_output_layer,
         )
-        check_recipe_fits(screened, self._recipe)
+        check_recipe_fits(screened, self._recipes)
         return screened
+
+    def _fitting(self, excluded: tuple[tuple[str, Reason], ...]) -> list[Recipe]:
+        """The recipes that a candidate is left to."""
+        names = dict(excluded)
+        return [x for x in self._recipes if x.name not in names]
 
     def watch(self, *, keep_tensors: bool) -> None:
         """Begin to capture afresh.
@@ -142,33 +152,7 @@ class Pipeline:
 
     def layers(self) -> tuple[Layer, ...]:
         """Every Linear with the calls that were captured."""
-        return tuple(_layer(x, self.capture.calls(x.fqn)) for x in self.screened)
-
-    def _compare_ranks(self) -> list[tuple[Layer, ...]]:
-        """Every rank's layers. One collective."""
-        own = tuple(_layer(x, ()) for x in self.screened)
-        gathered = self._ranks.gather((self._key, self._options.must_agree(), own))
-        keys = [key for key, _, _ in gathered]
-        settings = [
-            {"recipe": key.recipe, "settings": key.settings, "timing": key.timing}
-            | options
-            for key, options, _ in gathered
-        ]
-        difference = first_difference(settings)
-        if difference:
-            raise RankMismatchError(f"{difference}; give every rank the same")
-        check_layers([layers for _, _, layers in gathered])
-        self._mixed = first_difference([dict(key.environment) for key in keys])
-        return [layers for _, _, layers in gathered]
-
-    def _shared_cache(self) -> Cache | None:
-        """The first rank's cache, read by it alone. One collective."""
-        path, first = self._options.cache, self._ranks.first
-        cache = Cache(path) if first and path is not None else None
-        if cache and self._mixed:
-            logger.warning("%s; such a mix of timings is not cached", self._mixed)
-            cache = None
-        return self._ranks.broadcast(cache)
+        return tuple(layer_of(x, self.capture.calls(x.fqn)) for x in self.screened)
 
     def decide(self) -> Plan:
         """Measure what was captured and is not in the cache, agree, and decide.
@@ -178,113 +162,133 @@ class Pipeline:
         layers = self.layers()
         tables = self._ranks.gather(RankTable(layers, self._measure(layers)))
         measurements, spreads = merge_measurements(tables)
+        self._cache.remember(tables, measurements)
         if self._ranks.first:
-            self._remember(tables, measurements.values())
             for line in report.spread_lines(spreads):
                 logger.info("%s", line)
-        return self._plan(merge_calls(layers, tables), measurements)
+        self._timed = merge_calls(layers, tables)
+        return self._plan(self._timed, measurements)
 
     def cached_plan(self) -> Plan | None:
-        """The plan, if the cache has all measurements for it, on every rank or none."""
-        cache = self._cache
-        if cache is None:
+        """The plan, if the cache has all that it needs, on every rank or none."""
+        found = self._cache.layers()
+        if found is None:
             return None
-        found = [cache.layers(self._key, layers) for layers in self._models]
-        if None in found:
-            if self._ranks.first:
-                miss = self._models[found.index(None)]
-                logger.info("cache miss: %s", cache.explain_miss(self._key, miss))
-            return None
-        own = found[self._ranks.rank] or ()
-        return self._plan(own, cache.measurements(self._key))
-
-    def _remember(
-        self, tables: Sequence[RankTable], measurements: Iterable[Measurement]
-    ) -> None:
-        """Save every rank's layers with what was measured of their signatures."""
-        if self._cache is None:
-            return
-        known = list(measurements)
-        models = {table.layers for table in tables}
-        for layers in {merge_calls(model, tables) for model in models}:
-            called = {signature for layer in layers for signature, _ in layer.calls}
-            # What a busy machine timed is good for this run, not for later ones.
-            timed = [x for x in known if x.signature in called and x.steady]
-            if timed:
-                self._cache.save(self._key, layers, timed)
+        plan = self._plan(found, self._cache.of_run())
+        if not self.trial_steps:
+            return plan
+        trial = self._cache.trial(found)
+        return after_trial(plan, trial) if trial else None
 
     def _measure(self, layers: tuple[Layer, ...]) -> tuple[Measurement, ...]:
-        """Time the signatures that are not in the cache. No collective."""
-        wanted = sorted({signature for x in layers for signature, _ in x.calls})
-        known = self._cache.measurements(self._key) if self._cache else {}
-        results = {x: known[x] for x in wanted if x in known}
+        """Time what is not in the cache. No collective."""
+        results: list[Measurement] = []
+        missing: dict[Signature, list[Recipe]] = {}
+        for signature, recipes in sorted(self._wanted(layers).items()):
+            for recipe, key in zip(self._recipes, self._key.each(), strict=True):
+                known = self._cache.measurements(key)
+                if recipe.name in recipes and signature in known:
+                    results.append(known[signature])
+                elif recipe.name in recipes:
+                    missing.setdefault(signature, []).append(recipe)
         try:
-            self._time([x for x in wanted if x not in known], results)
+            results += self._time(layers, missing)
         except KeyboardInterrupt:
             # What was timed so far need not be timed again.
-            timed = tuple(results.values())
             if self._ranks.size == 1:
-                self._remember([RankTable(layers, timed)], timed)
+                self._cache.remember([RankTable(layers, tuple(results))], results)
             raise
-        return tuple(results.values())
+        return tuple(results)
+
+    def _wanted(self, layers: Sequence[Layer]) -> dict[Signature, set[str]]:
+        """The recipes that each signature is to be timed with."""
+        wanted: dict[Signature, set[str]] = {}
+        for layer in layers:
+            names = {x.name for x in self._fitting(layer.excluded)}
+            for signature, _ in layer.calls:
+                wanted.setdefault(signature, set()).update(names)
+        return wanted
 
     def _time(
-        self, signatures: Sequence[Signature], results: dict[Signature, Measurement]
-    ) -> None:
-        if not signatures:
-            return
-        config = self._options.config
-        clock = self._options.clock or clock_for(self._device)
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            for number, signature in enumerate(signatures, 1):
-                results[signature] = measure(
-                    self.capture.sample(signature),
-                    self._recipe,
-                    clock,
-                    config,
-                    self._compile_options,
-                    release=self.capture.release_tensors,
-                )
-                line = report.measurement_line(results[signature], config)
-                if self._ranks.first:
-                    logger.info("[%d/%d] %s", number, len(signatures), line)
+        self, layers: Sequence[Layer], wanted: Mapping[Signature, Sequence[Recipe]]
+    ) -> Iterator[Measurement]:
+        return time_signatures(
+            wanted,
+            self.capture,
+            self._options.config,
+            device=self._device,
+            layers=layers,
+            clock=self._options.clock,
+            compile_options=self._compile_options,
+            shown=self._ranks.first,
+        )
 
     def _plan(
-        self, layers: Sequence[Layer], measurements: Mapping[Signature, Measurement]
+        self, layers: Sequence[Layer], measurements: Iterable[Measurement]
     ) -> Plan:
-        recipe = self._recipe
-        return Plan(
-            decide(layers, measurements, recipe.name, self._options.config),
-            recipe.name,
-            recipe.reference,
-            recipe.emulated,
+        recipes = self._recipes
+        plan = Plan(
+            decide(layers, measurements, recipes.names, self._options.config),
+            recipes.name,
+            recipes.reference,
+            recipes.emulated,
             self._key.timing,
             self._key.environment,
         )
+        self._assign(plan)
+        if self._ranks.first:
+            for line in accuracy_lines(report.fold(plan.decisions)):
+                logger.warning("%s", line)
+        return plan
+
+    def _assign(self, plan: Plan) -> None:
+        """From now on convert each layer to what the plan has for it."""
+        for fqn in self._assigned:
+            decision = plan[fqn]
+            name = decision.recipe or decision.nearest
+            if name:
+                self._assigned[fqn] = self._recipes.find(name)
+
+    def clock(self) -> Clock:
+        """The clock that was given, or that of the device."""
+        return self._options.clock or clock_for(self._device)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that take gradients."""
+        return [x for x in self._module.parameters() if x.requires_grad]
+
+    @property
+    def trial_steps(self) -> int:
+        """Training steps that a trial may take; 0 where there is none.
+
+        Pipeline stages have roles of their own and so no plans in common to try.
+        """
+        if self._cache.models > 1:
+            return 0
+        return trial_steps(self._options.config.trial_steps, self._options.compile)
+
+    def remember_trial(self, trial: TrialRecord) -> None:
+        """Save how a trial ended, so that the next run starts with the winner."""
+        if self._timed:
+            self._cache.remember_trial(self._timed, trial)
 
     def convert(self, fqns: Collection[str]) -> None:
         """Make exactly these candidates converted and the others plain."""
         wanted = frozenset(fqns)
         for candidate in self.candidates:
-            fqn, linear = candidate.fqn, candidate.linear
-            if fqn in wanted and fqn not in self.converted:
-                self._recipe.convert(linear)
-                self.converted[fqn] = linear
-            elif fqn not in wanted and fqn in self.converted:
-                self._recipe.revert(self.converted.pop(fqn))
+            fqn = candidate.fqn
+            recipe = self._assigned[fqn] if fqn in wanted else None
+            if self._converted_to.get(fqn) is not recipe:
+                self._revert(fqn)
+                if recipe:
+                    recipe.convert(candidate.linear)
+                    self.converted[fqn] = candidate.linear
+                    self._converted_to[fqn] = recipe
 
+    def _revert(self, fqn: str) -> None:
+        if fqn in self.converted:
+            self._converted_to.pop(fqn).revert(self.converted.pop(fqn))
 
-def _layer(
-    record: Candidate | LeftOut, calls: tuple[tuple[Signature, int], ...]
-) -> Layer:
-    linear = record.linear
-    return Layer(
-        record.fqn,
-        linear.in_features,
-        linear.out_features,
-        dtype_name(linear.weight.dtype),
-        linear.weight.requires_grad,
-        None if isinstance(record, Candidate) else record.reason,
-        calls,
-    )
+    def conversions(self) -> list[tuple[nn.Linear, Recipe]]:
+        """The Linears that are converted right now, and what to."""
+        return [(x, self._converted_to[fqn]) for fqn, x in self.converted.items()]

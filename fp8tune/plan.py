@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from fp8tune.trial_records import TrialResult
+
 
 __all__ = ["PLAN_VERSION", "Plan"]
 
@@ -35,11 +37,13 @@ class Plan:
 
     Attributes:
         decisions: one per Linear, those left out included.
-        recipe: name of the recipe that was measured.
+        recipe: name of the recipe that was measured, or names with commas between.
         reference: name of the dtype that it was compared with.
         emulated: the device had no GEMMs for the recipe and emulated them.
         timing: "eager" or "compiled".
         environment: sorted (field, value) pairs of hardware and software.
+        trials: what whole training steps measured, the fastest plan first; empty if
+            there was no trial.
     """
 
     decisions: tuple[Decision, ...]
@@ -48,6 +52,7 @@ class Plan:
     emulated: bool
     timing: str
     environment: tuple[tuple[str, str], ...]
+    trials: tuple[TrialResult, ...] = ()
 
     def __getitem__(self, fqn: str) -> Decision:
         """The decision for one Linear.
@@ -64,7 +69,9 @@ class Plan:
         """The decision for one Linear, or None if the model had none of that name."""
         name = normalize_fqn(fqn)
         # The prefix that DDP adds, unless the model has a child of that name.
-        return self._by_name.get(name) or self._by_name.get(name.removeprefix("module."))
+        return self._by_name.get(name) or self._by_name.get(
+            name.removeprefix("module.")
+        )
 
     @cached_property
     def _by_name(self) -> dict[str, Decision]:
@@ -94,21 +101,24 @@ class Plan:
 
         Args:
             module: a model with the same Linears, none of them converted.
-            recipe: a Float8LinearConfig or a Recipe; needed only if the plan was made
-                with one that is not registered by name.
+            recipe: a Float8LinearConfig or a Recipe, or a sequence of them; needed only
+                if the plan was made with one that is not registered by name.
 
         Raises:
             PlanMismatchError: the model's Linears are not those of the plan; the message
                 names the first that differ.
             UnknownRecipeError: ``recipe`` is needed and missing.
         """
-        from fp8tune.recipes import resolve_recipe  # noqa: PLC0415 - imports torchao
+        from fp8tune.recipes import resolve_recipes  # noqa: PLC0415 - imports torchao
 
         given = self.recipe if recipe is None else recipe
+        resolve = cache(partial(resolve_recipes, given))
         for record in self.sort(module):
             if isinstance(record, Candidate):
-                linear = record.linear
-                resolve_recipe(given, linear.weight.device).convert(linear)
+                recipes = resolve(record.linear.weight.device)
+                # A single one replaces whatever the plan was made with.
+                name = recipes.name if len(recipes) == 1 else self[record.fqn].recipe
+                recipes.find(name or recipes.names[0]).convert(record.linear)
 
     def sort(self, module: nn.Module) -> list[Candidate | LeftOut]:
         """The model's Linears as this plan has them, in model order.

@@ -1,4 +1,4 @@
-"""What a Linear can be converted to. The only module that imports torchao.
+"""What a Linear can be converted to, by name. Only recipe modules import torchao.
 
 A recipe is bound to a device: on one without float8 GEMMs the torchao recipes emulate
 them, which is exact but slow. One more recipe is one more class with the methods of
@@ -6,30 +6,29 @@ them, which is exact but slow. One more recipe is one more class with the method
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torchao.float8 import (
-    Float8LinearConfig,
-    Float8LinearRecipeName,
-    convert_to_float8_training,
-)
+from torchao.float8 import Float8LinearConfig, Float8LinearRecipeName
 
-from fp8tune.convert import change_class, restore_class
 from fp8tune.errors import ConfigError, UnknownRecipeError
+from fp8tune.recipes_bf16 import BFloat16Linear, BFloat16Recipe
+from fp8tune.recipes_torchao import TorchaoRecipe
 from fp8tune.records import Reason
 
 __all__ = [
+    "BFloat16Linear",
     "BFloat16Recipe",
     "Recipe",
+    "Recipes",
     "TorchaoRecipe",
     "get_recipe",
     "recipe_names",
     "register_recipe",
     "resolve_recipe",
+    "resolve_recipes",
 ]
 
 
@@ -67,146 +66,13 @@ class Recipe(Protocol):
         ...
 
 
-class TorchaoRecipe:
-    """torchao's Float8Linear against high precision.
-
-    Args:
-        name: "tensorwise", "rowwise", "rowwise_with_gw_hp", or a name for a config of
-            the user's own.
-        config: what torchao is told, apart from ``emulate``.
-        device: where the model runs; decides whether the GEMMs are emulated.
-
-    Raises:
-        ConfigError: ``enable_fsdp_float8_all_gather`` is set.
-    """
-
-    reference = "bfloat16"
-
-    def __init__(
-        self, name: str, config: Float8LinearConfig, device: torch.device
-    ) -> None:
-        _refuse_float8_all_gather(config)
-        self.name = name
-        self.emulated = config.emulate or not _has_float8_gemms(config, device)
-        self._config = dataclasses.replace(config, emulate=self.emulated)
-        self.settings = repr(self._config)
-        self._stub = _converted_stub(self._config)
-        plain = vars(_meta_linear())
-        self._attributes = {k: v for k, v in vars(self._stub).items() if k not in plain}
-
-    def supports(self, linear: nn.Linear) -> Reason | None:
-        """float8 GEMMs take bf16 or fp32 operands whose K and N are multiples of 16."""
-        if linear.weight.dtype not in (torch.bfloat16, torch.float32):
-            return Reason.UNSUPPORTED_DTYPE
-        n, k = linear.weight.shape
-        return Reason.NOT_DIVISIBLE_BY_16 if k % 16 or n % 16 else None
-
-    def static_filter(self, linear: nn.Linear) -> Reason | None:
-        """Torchao's thresholds for K and N, measured on one H100 (torchao PR 2410)."""
-        keep = _torchao_auto_filter(self.name)
-        return None if keep is None or keep(linear, "") else Reason.SMALL_KN
-
-    def convert(self, linear: nn.Linear) -> None:
-        """Give the Linear torchao's class and attributes."""
-        change_class(linear, type(self._stub), self._attributes)
-
-    def revert(self, linear: nn.Linear) -> None:
-        """Take torchao's class and attributes away."""
-        restore_class(linear, type(self._stub), self._attributes)
-
-
-def _meta_linear() -> nn.Linear:
-    return nn.Linear(16, 16, bias=False, device="meta")
-
-
-def _converted_stub(config: Float8LinearConfig) -> nn.Linear:
-    # Through torchao's public entry point, since only there torchao installs its
-    # workaround for a Triton miscompile of transposed float8 stores.
-    stub = convert_to_float8_training(_meta_linear(), config=config)
-    assert isinstance(stub, nn.Linear)
-    return stub
-
-
-def _refuse_float8_all_gather(config: Float8LinearConfig) -> None:
-    if config.enable_fsdp_float8_all_gather:
-        raise ConfigError(
-            "the config has enable_fsdp_float8_all_gather=True, which replaces the "
-            "layers' Parameters, so that a layer could not be reverted in place. Tune "
-            "without it, then convert before sharding with torchao's "
-            "convert_to_float8_training(model, config=..., "
-            "module_filter_fn=plan.module_filter_fn)"
-        )
-
-
-def _has_float8_gemms(config: Float8LinearConfig, device: torch.device) -> bool:
-    """Whether torch._scaled_mm runs this config natively on the device.
-
-    Tensorwise scales need compute capability 8.9, rowwise ones 9.0 (torchao's own
-    assertions in its float8 recipes). ROCm reports gfx94x and newer as 9.4 and up.
-    """
-    if device.type != "cuda":
-        return False
-    needs_rowwise = "AXISWISE" in repr(config)
-    return torch.cuda.get_device_capability(device) >= (
-        (9, 0) if needs_rowwise else (8, 9)
-    )
-
-
-def _torchao_auto_filter(name: str) -> Callable[[nn.Module, str], bool] | None:
-    """Torchao's static filter for a recipe, or None where it has no thresholds."""
-    try:
-        from torchao.float8 import (  # noqa: PLC0415
-            _auto_filter_for_recipe,  # pyright: ignore[reportPrivateUsage]
-        )
-
-        return _auto_filter_for_recipe(name, filter_fqns=[])
-    except (ImportError, NotImplementedError, ValueError):
-        return None
-
-
-class BFloat16Linear(nn.Linear):
-    """A Linear with float32 weights, inputs and outputs whose GEMMs run in bfloat16."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Shape (*, K) -> (*, N), in the dtype of the input."""
-        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        weight = self.weight.to(torch.bfloat16)
-        return F.linear(input.to(torch.bfloat16), weight, bias).to(input.dtype)
-
-
-class BFloat16Recipe:
-    """bfloat16 GEMMs inside a float32 model, against float32.
-
-    It needs no GPU and has a real crossover on CPUs with AMX or AVX512-bf16, where small
-    GEMMs lose to the cost of the casts.
-    """
-
-    name = "bf16"
-    reference = "float32"
-    settings = "BFloat16Linear"
-    emulated = False
-
-    def supports(self, linear: nn.Linear) -> Reason | None:
-        """Only float32 weights have something to gain."""
-        fits = linear.weight.dtype is torch.float32
-        return None if fits else Reason.UNSUPPORTED_DTYPE
-
-    def static_filter(self, linear: nn.Linear) -> Reason | None:
-        """No published table."""
-        del linear
-
-    def convert(self, linear: nn.Linear) -> None:
-        """Give the Linear the class BFloat16Linear."""
-        change_class(linear, BFloat16Linear, {})
-
-    def revert(self, linear: nn.Linear) -> None:
-        """Give it back the class nn.Linear."""
-        restore_class(linear, BFloat16Linear, {})
-
-
 RecipeFactory = Callable[[torch.device], Recipe]
 
 _REGISTRY: dict[str, RecipeFactory] = {}
+
+# Between the names of several recipes, in a plan and where one string names them.
+_SEPARATOR = ", "
+_AUTO = "auto"
 
 
 def register_recipe(name: str, factory: RecipeFactory) -> None:
@@ -217,8 +83,13 @@ def register_recipe(name: str, factory: RecipeFactory) -> None:
         factory: called with the model's device, returns the recipe for it.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: the name is taken, or cannot be one.
     """
+    if name == _AUTO or _SEPARATOR.strip() in name:
+        raise ConfigError(
+            f"a recipe cannot be called {name!r}: 'auto' stands for all recipes, and a "
+            "comma stands between several; choose another name"
+        )
     if name in _REGISTRY:
         raise ConfigError(f"recipe {name!r} is registered already; choose another name")
     _REGISTRY[name] = factory
@@ -241,7 +112,14 @@ def get_recipe(name: str, device: torch.device | str) -> Recipe:
             f"unknown recipe {name!r}; choose one of {known}, or pass a torchao "
             "Float8LinearConfig or a Recipe"
         )
-    return _REGISTRY[name](torch.device(device))
+    return _REGISTRY[name](_running_device(torch.device(device)))
+
+
+def _running_device(device: torch.device) -> torch.device:
+    """Where a model will run that has no weights yet; whether float8 is emulated."""
+    if device.type != "meta":
+        return device
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def resolve_recipe(recipe: Any, device: torch.device | str) -> Recipe:
@@ -254,13 +132,98 @@ def resolve_recipe(recipe: Any, device: torch.device | str) -> Recipe:
     if isinstance(recipe, str):
         return get_recipe(recipe, device)
     if isinstance(recipe, Float8LinearConfig):
-        return TorchaoRecipe("custom", recipe, torch.device(device))
+        return TorchaoRecipe("custom", recipe, _running_device(torch.device(device)))
     if isinstance(recipe, Recipe) and not isinstance(recipe, type):
         return recipe
     raise ConfigError(
         f"recipe is {recipe!r}; expected a name ({', '.join(recipe_names())}), a torchao "
         "Float8LinearConfig, or an object with the attributes of fp8tune.Recipe"
     )
+
+
+class Recipes(Sequence[Recipe]):
+    """The recipes to choose from, in the user's order; the first is warmed up with.
+
+    Args:
+        recipes: at least one, of different names.
+
+    Attributes:
+        name: their names, as one string.
+        reference: names of the dtypes that they are compared with, as one string.
+        emulated: whether the device lacks the GEMMs of any.
+    """
+
+    def __init__(self, recipes: Sequence[Recipe]) -> None:
+        self._recipes = tuple(recipes)
+        self.names = [x.name for x in recipes]
+        self.name = _SEPARATOR.join(self.names)
+        self.reference = " or ".join(dict.fromkeys(x.reference for x in recipes))
+        self.emulated = any(x.emulated for x in recipes)
+
+    def __len__(self) -> int:
+        return len(self._recipes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._recipes[index]
+
+    def __iter__(self) -> Iterator[Recipe]:
+        return iter(self._recipes)
+
+    def find(self, name: str) -> Recipe:
+        """The recipe of that name.
+
+        Raises:
+            UnknownRecipeError: it is none of these.
+        """
+        for recipe in self._recipes:
+            if recipe.name == name:
+                return recipe
+        raise UnknownRecipeError(f"no recipe {name!r} among {self.name}")
+
+
+def resolve_recipes(recipes: Any, device: torch.device | str) -> Recipes:
+    """What users pass as ``recipe`` -> the recipes for the device.
+
+    Args:
+        recipes: what ``resolve_recipe`` takes, a sequence of that, names with commas
+            between them, or "auto" for every registered recipe that the device runs
+            without emulation.
+        device: where the model is.
+
+    Raises:
+        UnknownRecipeError: an unknown name.
+        ConfigError: anything else, two of one name, or none.
+    """
+    if recipes == _AUTO:
+        return _native_recipes(device)
+    if isinstance(recipes, str):
+        recipes = [name.strip() for name in recipes.split(_SEPARATOR.strip())]
+    given = cast("Any", recipes) if isinstance(recipes, list | tuple) else [recipes]
+    found = [resolve_recipe(x, device) for x in given]
+    names = [x.name for x in found]
+    if not found or len(set(names)) < len(names):
+        raise ConfigError(
+            f"recipe is {recipes!r}; expected one recipe or more, all of different names"
+        )
+    return Recipes(found)
+
+
+def _native_recipes(device: torch.device | str) -> Recipes:
+    found = [x for x in map(_available(device), recipe_names()) if x is not None]
+    native = [x for x in found if not x.emulated]
+    if not native:
+        raise ConfigError(f"no recipe runs on {device} without emulation; name one")
+    return Recipes(native)
+
+
+def _available(device: torch.device | str) -> Callable[[str], Recipe | None]:
+    def find(name: str) -> Recipe | None:
+        try:
+            return get_recipe(name, device)
+        except ConfigError:  # as where torchao is too old for it
+            return None
+
+    return find
 
 
 def _torchao_factory(name: str) -> RecipeFactory:
@@ -274,10 +237,22 @@ def _torchao_factory(name: str) -> RecipeFactory:
     return build
 
 
+def _mx_factory(mode: str) -> RecipeFactory:
+    def build(device: torch.device) -> Recipe:
+        # A prototype of torchao, which takes seconds to import.
+        from fp8tune.recipes_mx import MXFP8Recipe  # noqa: PLC0415
+
+        return MXFP8Recipe(f"mxfp8_{mode}", mode, device)
+
+    return build
+
+
 def _register_builtin() -> None:
     for member in Float8LinearRecipeName:
         register_recipe(member.value, _torchao_factory(member.value))
     register_recipe("bf16", lambda _: BFloat16Recipe())
+    for mode in ("rceil", "floor"):
+        register_recipe(f"mxfp8_{mode}", _mx_factory(mode))
 
 
 _register_builtin()

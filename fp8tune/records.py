@@ -4,7 +4,7 @@
 
     screen   -> Candidate | LeftOut      a Linear to be timed, or why it is not
     capture  -> Signature, Layer, Sample what was called, how often, and with what
-    measure  -> Measurement              raw times of one signature, both variants
+    measure  -> Measurement              raw times of one signature and one recipe
     decide   -> Decision                 float8 or reference, and why
 
 M is the number of rows of the GEMM (the product of the input's leading dimensions on
@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from fp8tune.intervals import is_steady
+from fp8tune.reasons import Reason
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REFERENCE",
+    "Accuracy",
     "Candidate",
     "Decision",
     "Layer",
@@ -35,6 +37,7 @@ __all__ = [
     "Sample",
     "Shape",
     "Signature",
+    "Variant",
     "Verdict",
 ]
 
@@ -49,54 +52,19 @@ class Verdict(StrEnum):
     REFERENCE = "reference"
 
 
-class Reason(StrEnum):
-    """Why a layer ended as it did; ``sentence`` says it in words."""
-
-    FASTER = "faster"
-    SLOWER = "slower"
-    NO_CLEAR_DIFFERENCE = "no_clear_difference"
-    FILTERED_BY_NAME = "filtered_by_name"
-    NOT_DIVISIBLE_BY_16 = "not_divisible_by_16"
-    SMALL_KN = "small_kn"
-    NOT_PLAIN_LINEAR = "not_plain_linear"
-    ALREADY_FLOAT8 = "already_float8"
-    PARAMETRIZED = "parametrized"
-    TIED_TO_EMBEDDING = "tied_to_embedding"
-    UNSUPPORTED_DTYPE = "unsupported_dtype"
-    NEVER_CALLED = "never_called"
-    OUT_OF_MEMORY = "out_of_memory"
-    NOT_MEASURED = "not_measured"
-
-    @property
-    def sentence(self) -> str:
-        """The reason as a sentence for people."""
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    Reason.FASTER: "its speedup lies clearly above the threshold",
-    Reason.SLOWER: "its speedup lies clearly below the threshold",
-    Reason.NO_CLEAR_DIFFERENCE: "the interval of its speedup holds the threshold",
-    Reason.FILTERED_BY_NAME: "its name contains one of filter_fqns",
-    Reason.NOT_DIVISIBLE_BY_16: "K or N is no multiple of 16, which float8 GEMMs need",
-    Reason.SMALL_KN: "K or N is below the recipe's static threshold",
-    Reason.NOT_PLAIN_LINEAR: "it is a subclass of nn.Linear, which may differ in forward",
-    Reason.ALREADY_FLOAT8: "it was converted before",
-    Reason.PARAMETRIZED: "its weight is computed by a parametrization or a hook",
-    Reason.TIED_TO_EMBEDDING: "it is an output layer that shares an embedding's weight",
-    Reason.UNSUPPORTED_DTYPE: "the recipe does not take weights of this dtype",
-    Reason.NEVER_CALLED: "no training step called it",
-    Reason.OUT_OF_MEMORY: "memory ran out while it was timed",
-    Reason.NOT_MEASURED: "it could not be timed",
-}
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """A Linear that is converted during warmup and timed."""
+    """A Linear that is converted during warmup and timed.
+
+    Attributes:
+        fqn: its fully qualified name, without the prefixes that wrappers add.
+        linear: the layer.
+        excluded: (recipe, reason) of the recipes that do not take this layer.
+    """
 
     fqn: str
     linear: nn.Linear
+    excluded: tuple[tuple[str, Reason], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,6 +120,7 @@ class Layer:
         trains: whether the weight takes a gradient.
         reason: why it was left out, or None for a candidate.
         calls: (signature, number of calls) over all warmup steps, sorted.
+        excluded: (recipe, reason) of the recipes that do not take a candidate.
     """
 
     fqn: str
@@ -161,6 +130,7 @@ class Layer:
     trains: bool
     reason: Reason | None
     calls: tuple[tuple[Signature, int], ...] = ()
+    excluded: tuple[tuple[str, Reason], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,6 +150,35 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """What a recipe costs in accuracy on the tensors of one signature.
+
+    SQNR is 10 * log10(sum(exact**2) / sum((result - exact)**2)), in dB, where exact is
+    float32; it is kept within -200 and 200. None is a result that is not computed.
+
+    Attributes:
+        output_db: of the output.
+        grad_input_db: of the gradient of the input.
+        grad_weight_db: of the gradient of the weight.
+        underflow: share of the nonzero values of all GEMM operands that become zero
+            when they are cast; None if the recipe does not say what it casts.
+        saturation: share of them that lie beyond the largest value of the dtype.
+    """
+
+    output_db: float | None = None
+    grad_input_db: float | None = None
+    grad_weight_db: float | None = None
+    underflow: float | None = None
+    saturation: float | None = None
+
+    @property
+    def worst_db(self) -> float | None:
+        """The lowest of the three."""
+        every = (self.output_db, self.grad_input_db, self.grad_weight_db)
+        return min((x for x in every if x is not None), default=None)
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Raw times of one signature; pair i is reference_ms[i] and candidate_ms[i].
 
@@ -192,6 +191,10 @@ class Measurement:
         detail: the failure in the words of whoever raised it.
         synthetic: random numbers stood in for tensors that were not captured.
         recorded: the day it was timed, in UTC, as "2026-01-31"; "" if nobody said.
+        accuracy: of the candidate's results, or None if nothing was computed.
+        reference_bytes: most memory that the reference allocated at a time, or None
+            where that cannot be told, as on a CPU.
+        candidate_bytes: the same for the candidate.
     """
 
     signature: Signature
@@ -202,6 +205,9 @@ class Measurement:
     detail: str = ""
     synthetic: bool = False
     recorded: str = ""
+    accuracy: Accuracy | None = None
+    reference_bytes: int | None = None
+    candidate_bytes: int | None = None
 
     @property
     def steady(self) -> bool:
@@ -217,6 +223,39 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One recipe for one Linear: its numbers, and why it was taken or not.
+
+    The fields are those of ``Decision``. Over several signatures accuracy is that of the
+    worst, and memory that of the largest.
+
+    Attributes:
+        recipe: its name.
+        reason: why it was taken or not.
+        sqnr_db: the lowest SQNR of output and gradients, in dB.
+        underflow: largest share of values that were flushed to zero.
+        saturation: largest share of values beyond the dtype's range.
+        reference_bytes: peak memory of the high-precision variant.
+        float8_bytes: peak memory of this one.
+    """
+
+    recipe: str
+    reason: Reason
+    reference_ms: float | None = None
+    float8_ms: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    samples: int = 0
+    sqnr_db: float | None = None
+    underflow: float | None = None
+    saturation: float | None = None
+    reference_bytes: int | None = None
+    float8_bytes: int | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
 class Decision:
     """What became of one Linear, and why.
 
@@ -224,6 +263,10 @@ class Decision:
     called with several signatures they are the mean over its calls. Speedup is reference
     time / float8 time. Layers that were not timed have None there, and so has the upper
     bound of a speedup that too few samples could not bound.
+
+    ``variants`` has one record for each recipe, in the order in which they were given,
+    and the numbers here are those of the recipe ``nearest``: the one that was chosen, or
+    the one that came nearest to it.
     """
 
     fqn: str
@@ -240,3 +283,8 @@ class Decision:
     speedup_high: float | None = None
     samples: int = 0
     detail: str = ""
+    sqnr_db: float | None = None
+    reference_bytes: int | None = None
+    float8_bytes: int | None = None
+    nearest: str | None = None
+    variants: tuple[Variant, ...] = ()

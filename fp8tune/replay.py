@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fp8tune.recipes import Recipe
 
-__all__ = ["Operands", "Replay"]
+__all__ = ["Operands", "Replay", "Results"]
 
 
 class Operands:
@@ -88,6 +88,14 @@ class Operands:
         )
 
 
+class Results(NamedTuple):
+    """What one forward + backward computed; None where training needs no gradient."""
+
+    output: torch.Tensor
+    grad_input: torch.Tensor | None
+    grad_weight: torch.Tensor | None
+
+
 class Replay:
     """One variant of a signature as ``Work`` for a clock.
 
@@ -95,6 +103,9 @@ class Replay:
         operands: what to run on, shared with the other variant.
         recipe: what the Linear is converted to; None is the reference.
         compile_options: keyword arguments of torch.compile, or None for eager.
+
+    Attributes:
+        ran: whether any clock has really run it; a scripted one never does.
     """
 
     def __init__(
@@ -105,26 +116,42 @@ class Replay:
     ) -> None:
         self.signature = operands.sample.signature
         self.variant = recipe.name if recipe else REFERENCE
-        self._operands = operands
-        self._recipe = recipe
+        self.operands = operands
+        self.recipe = recipe
+        self.ran = False
         self._compile_options = compile_options
 
     def __call__(self) -> None:
         """Forward, again if it is recomputed, then the backward that training needs."""
+        self.ran = True
+        self._run()
+
+    def results(self) -> Results:
+        """The same run once more, with what it computed."""
+        output, gradients = self._run()
+        found = dict(zip(map(id, self._differentiated), gradients, strict=True))
+        return Results(
+            output.detach(),
+            found.get(id(self.operands.input)),
+            found.get(id(self._linear.weight)),
+        )
+
+    def _run(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         with self._autocast():
-            output = self._forward(self._linear, self._operands.input)
+            output = self._forward(self._linear, self.operands.input)
             if self.signature.recompute:
-                output = self._forward(self._linear, self._operands.input)
-        if self._differentiated:
-            grad_output = self._operands.grad_output(output)
-            torch.autograd.grad(output, self._differentiated, grad_output)
+                output = self._forward(self._linear, self.operands.input)
+        if not self._differentiated:
+            return output, ()
+        grad_output = self.operands.grad_output(output)
+        return output, torch.autograd.grad(output, self._differentiated, grad_output)
 
     def _autocast(self) -> torch.autocast:
         # As it was around the layer. Its cache is off, since a cached cast of the weight
         # would be timed once instead of every time, and would stay in the user's cache.
         name = self.signature.shape.autocast_dtype
         return torch.autocast(
-            self._operands.device.type,
+            self.operands.device.type,
             dtype=getattr(torch, name) if name else None,
             enabled=name is not None,
             cache_enabled=False,
@@ -132,21 +159,21 @@ class Replay:
 
     @cached_property
     def _linear(self) -> nn.Linear:
-        signature, operands = self.signature, self._operands
+        signature, operands = self.signature, self.operands
         shape = signature.shape
         linear = nn.Linear(shape.k, shape.n, bias=shape.bias, device="meta")
         linear.weight = nn.Parameter(operands.weight, signature.grad_weight)
         if shape.bias:
             linear.bias = nn.Parameter(operands.bias, signature.grad_bias)
-        if self._recipe:
-            self._recipe.convert(linear)
+        if self.recipe:
+            self.recipe.convert(linear)
         return linear
 
     @cached_property
     def _differentiated(self) -> list[torch.Tensor]:
         signature, linear = self.signature, self._linear
         wanted = [
-            (signature.grad_input, self._operands.input),
+            (signature.grad_input, self.operands.input),
             (signature.grad_weight, linear.weight),
             (signature.grad_bias, linear.bias),
         ]

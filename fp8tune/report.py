@@ -8,6 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from fp8tune.columns import Column, column_lines, paragraph
+from fp8tune.describe import describe_signature
 from fp8tune.folding import fold_names
 from fp8tune.intervals import looks, speedup_interval
 from fp8tune.records import (
@@ -16,9 +17,17 @@ from fp8tune.records import (
     Measurement,
     Reason,
     Shape,
-    Signature,
     Verdict,
 )
+from fp8tune.report_recipes import (
+    COST_COLUMNS,
+    converted_words,
+    cost_cells,
+    failure_lines,
+    has_costs,
+    other_variants,
+)
+from fp8tune.report_trial import trial_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,15 +35,18 @@ if TYPE_CHECKING:
     from fp8tune.config import TuneConfig
     from fp8tune.consensus import Spread
     from fp8tune.plan import Plan
-    from fp8tune.records import Candidate
+    from fp8tune.records import Candidate, Layer, Variant
 
 __all__ = [
+    "cells",
     "describe_signature",
     "fold",
     "measurement_line",
+    "measurements_line",
     "milliseconds",
     "no_candidates_line",
     "part_of",
+    "shape_change",
     "shape_change_line",
     "speedup_words",
     "spread_lines",
@@ -56,9 +68,32 @@ _WIDTH = 160
 
 def table_lines(plan: Plan, width: int = _WIDTH) -> list[str]:
     """The plan as a table with a summary below; times are milliseconds per call."""
-    rows = [[name, *_cells(x, plan.recipe)] for name, x in fold(plan.decisions)]
+    costs = has_costs(plan.decisions)
+    rows = [
+        row for name, x in fold(plan.decisions) for row in _rows(name, x, plan, costs)
+    ]
+    columns = [*_COLUMNS[:-1], *(COST_COLUMNS if costs else ()), _COLUMNS[-1]]
     footer = [line for text in _footer(plan) for line in paragraph(text, width)]
-    return [*column_lines(_COLUMNS, rows, width), *footer]
+    return [*column_lines(columns, rows, width), *footer, *trial_lines(plan, width)]
+
+
+def _rows(name: str, decision: Decision, plan: Plan, costs: bool) -> list[list[str]]:
+    """The layer's own row, and one for each recipe that it was not converted to."""
+    *numbers, verdict = cells(decision, plan.recipe)
+    own = [name, *numbers, *(cost_cells(decision) if costs else ()), verdict]
+    if len(decision.variants) > 1 and decision.verdict is Verdict.REFERENCE:
+        own[-1] = f"{verdict} ({decision.nearest})"
+    others = [
+        [
+            *("", "", "", "", ""),
+            milliseconds(x.float8_ms),
+            speedup_words(x),
+            *(cost_cells(x) if costs else ()),
+            f"not {x.recipe}: {words(x.reason)}",
+        ]
+        for x in other_variants(decision)
+    ]
+    return [own, *others]
 
 
 def _footer(plan: Plan) -> list[str]:
@@ -72,14 +107,15 @@ def _footer(plan: Plan) -> list[str]:
             f"{plan.recipe} is emulated here, since this device has no such GEMMs: its "
             "numerics are real, its times are not those of float8 hardware"
         )
-    failures = {x.detail for x in plan.decisions if x.detail}
-    return lines + [f"not timed: {detail}" for detail in sorted(failures)]
+    return lines + failure_lines(plan.decisions)
 
 
-def _cells(decision: Decision, recipe: str) -> list[str]:
+def cells(decision: Decision, recipe: str) -> list[str]:
+    """What stands behind the name in a row of the table."""
     rows = ",".join(str(m) for m in sorted({x.shape.m for x, _ in decision.signatures}))
     converted = decision.verdict is Verdict.FLOAT8
-    verdict = f"{recipe if converted else 'reference'}: {words(decision.reason)}"
+    to = decision.recipe or recipe
+    verdict = f"{to if converted else 'reference'}: {words(decision.reason)}"
     return [
         rows or "-",
         part_of(decision.k, {x.shape.k for x, _ in decision.signatures}),
@@ -97,7 +133,8 @@ def summary_line(decisions: Sequence[Decision], name: str) -> str:
     reasons = Counter(x.reason for x in left)
     rest = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     number, total = len(decisions) - len(left), len(decisions)
-    converted = f"converted {number} of {total} Linears to {name}"
+    to = converted_words(decisions, name)
+    converted = f"converted {number} of {total} Linears to {to}"
     return f"{converted}; not converted: {rest}" if rest else converted
 
 
@@ -117,40 +154,12 @@ def milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def speedup_words(decision: Decision) -> str:
+def speedup_words(numbers: Decision | Variant) -> str:
     """A speedup and its interval, or "-" where there is none."""
-    if decision.speedup is None:
+    if numbers.speedup is None:
         return "-"
-    high = "inf" if decision.speedup_high is None else f"{decision.speedup_high:.2f}"
-    return f"{decision.speedup:.2f} [{decision.speedup_low:.2f}, {high}]"
-
-
-def describe_signature(signature: Signature) -> str:
-    """One signature in a few words, for log lines."""
-    shape = signature.shape
-    parts = [f"M={shape.m} K={shape.k} N={shape.n}", _dtypes(shape)]
-    wanted = {
-        "input": signature.grad_input,
-        "weight": signature.grad_weight,
-        "bias": signature.grad_bias,
-    }
-    grads = [name for name, needed in wanted.items() if needed]
-    parts.append(f"grads of {'+'.join(grads)}" if grads else "forward only")
-    if signature.recompute:
-        parts.append("recomputed")
-    return ", ".join(parts)
-
-
-def _dtypes(shape: Shape) -> str:
-    same = shape.input_dtype == shape.weight_dtype
-    names = (
-        shape.weight_dtype if same else f"{shape.input_dtype} x {shape.weight_dtype}"
-    )
-    return (
-        f"{names} under {shape.autocast_dtype} autocast"
-        if shape.autocast_dtype
-        else names
-    )
+    high = "inf" if numbers.speedup_high is None else f"{numbers.speedup_high:.2f}"
+    return f"{numbers.speedup:.2f} [{numbers.speedup_low:.2f}, {high}]"
 
 
 def start_line(screened: Sequence[Candidate | LeftOut], recipe: str) -> str:
@@ -176,25 +185,40 @@ def _counted_reasons(screened: Sequence[Candidate | LeftOut]) -> str:
 
 def measurement_line(measurement: Measurement, config: TuneConfig) -> str:
     """One signature and its times, or why there are none."""
-    what = describe_signature(measurement.signature)
+    return measurements_line([measurement], config)
+
+
+def measurements_line(measurements: Sequence[Measurement], config: TuneConfig) -> str:
+    """One signature and its times with each recipe."""
+    what = describe_signature(measurements[0].signature)
+    parts = [_measured(x, config) for x in measurements]
+    if len(parts) > 1:
+        pairs = zip(measurements, parts, strict=True)
+        parts = [f"{x.recipe}: {part}" if x.failure else part for x, part in pairs]
+    return f"{what}: {'; '.join(parts)}"
+
+
+def _measured(measurement: Measurement, config: TuneConfig) -> str:
     if measurement.failure:
-        return f"{what}: {words(measurement.failure)} ({measurement.detail})"
+        return f"{words(measurement.failure)} ({measurement.detail})"
     number = len(looks(config.max_samples))
     speedup = speedup_interval(measurement.ratios, config.confidence, number)
     drawn = ", on random numbers" if measurement.synthetic else ""
     unsteady = "" if measurement.steady else ", UNSTEADY: is the machine busy?"
+    accuracy = measurement.accuracy and measurement.accuracy.worst_db
+    sqnr = "" if accuracy is None else f", SQNR {accuracy:.1f} dB"
     return (
-        f"{what}: reference {median(measurement.reference_ms):.3f} ms, "
+        f"reference {median(measurement.reference_ms):.3f} ms, "
         f"{measurement.recipe} {median(measurement.candidate_ms):.3f} ms, "
         f"{speedup.middle:.2f}x [{speedup.low:.2f}, {speedup.high:.2f}] "
-        f"from {len(measurement.reference_ms)} pairs{drawn}{unsteady}"
+        f"from {len(measurement.reference_ms)} pairs{sqnr}{drawn}{unsteady}"
     )
 
 
 def spread_lines(spreads: Sequence[Spread]) -> list[str]:
     """How far ranks differ, one line per signature."""
     return [
-        f"{describe_signature(x.signature)}: fastest {x.fastest_ms:.3f} ms on rank "
+        f"{describe_signature(x.signature)}, {x.recipe}: fastest {x.fastest_ms:.3f} ms on rank "
         f"{x.fastest_rank}, slowest {x.slowest_ms:.3f} ms on rank {x.slowest_rank}, "
         "which counts"
         for x in spreads
@@ -236,6 +260,16 @@ def fold(decisions: Iterable[Decision]) -> list[tuple[str, Decision]]:
         pattern such as ``layers.{0..31}.wq``.
     """
     known = list(decisions)
-    keys = [(x.k, x.n, x.verdict, x.reason, x.signatures) for x in known]
+    keys = [(x.k, x.n, x.verdict, x.reason, x.recipe, x.signatures) for x in known]
     groups = fold_names([x.fqn for x in known], keys)
     return [(pattern, known[indexes[0]]) for pattern, indexes in groups]
+
+
+def shape_change(layers: Sequence[Layer], plan: Plan) -> str | None:
+    """What the first call that the plan does not know was called with, or None."""
+    for layer in layers:
+        planned = [signature.shape for signature, _ in plan[layer.fqn].signatures]
+        for signature, _ in layer.calls:
+            if signature.shape not in planned:
+                return shape_change_line(layer.fqn, planned, signature.shape)
+    return None

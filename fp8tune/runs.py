@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from fp8tune.records import Layer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from fp8tune.config import TuneConfig
     from fp8tune.records import Decision, Measurement, Signature
@@ -29,51 +29,65 @@ class Run:
         number: its place in the file, from 1, the oldest first.
         key: what it was made under.
         layers: the model, with calls.
-        measurements: what is known under its key.
+        measurements: what is known under the key of each of its recipes.
         config: what it is decided with.
     """
 
     number: int
     key: Key
     layers: tuple[Layer, ...]
-    measurements: Mapping[Signature, Measurement]
+    measurements: tuple[Measurement, ...]
     config: TuneConfig
 
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:
         """One for each layer, in model order."""
-        # Alike layers are decided once: a large model has thousands of few kinds.
-        kinds = [(x.k, x.n, x.reason, x.calls) for x in self.layers]
-        distinct = dict(zip(kinds, self.layers, strict=True))
-        decided = decide(
-            list(distinct.values()), self.measurements, self.key.recipe, self.config
-        )
-        by_kind = dict(zip(distinct, decided, strict=True))
-        return tuple(
-            replace(by_kind[kind], fqn=layer.fqn)
-            for kind, layer in zip(kinds, self.layers, strict=True)
-        )
+        return self._decide(self.layers)
+
+    def _decide(self, layers: Sequence[Layer]) -> tuple[Decision, ...]:
+        names = [key.recipe for key in self.key.each()]
+        return decide(layers, self.measurements, names, self.config)
+
+    def measured(self, signature: Signature) -> list[Measurement]:
+        """The timings of one signature, one for each recipe that has any."""
+        return self._by_signature.get(signature, [])
+
+    @cached_property
+    def _by_signature(self) -> dict[Signature, list[Measurement]]:
+        found: dict[Signature, list[Measurement]] = {}
+        for x in self.measurements:
+            found.setdefault(x.signature, []).append(x)
+        return found
 
     @property
     def emulated(self) -> bool:
         """Whether torchao emulated the GEMMs, as the recipe's settings tell."""
-        return "emulate=True" in self.key.settings
+        return "emulate=True" in self.key.all_settings
 
     @cached_property
     def by_signature(self) -> tuple[Decision, ...]:
         """What would be decided for a layer called with one signature only."""
-        calls = sorted({(x, 1) for layer in self.layers for x, _ in layer.calls})
+        excluded = {x: layer.excluded for layer in self.layers for x, _ in layer.calls}
         layers = [
-            Layer("", x.shape.k, x.shape.n, x.shape.weight_dtype, True, None, ((x, n),))
-            for x, n in calls
+            Layer(
+                "",
+                x.shape.k,
+                x.shape.n,
+                x.shape.weight_dtype,
+                True,
+                None,
+                ((x, 1),),
+                excluded[x],
+            )
+            for x in sorted(excluded)
         ]
-        return decide(layers, self.measurements, self.key.recipe, self.config)
+        return self._decide(layers)
 
     @cached_property
     def recorded(self) -> str:
         """The day of its newest timing, or "" where nobody wrote it down."""
         used = {signature for layer in self.layers for signature, _ in layer.calls}
-        known = [self.measurements[x].recorded for x in used & self.measurements.keys()]
+        known = [x.recorded for x in self.measurements if x.signature in used]
         return max(known, default="")
 
 
@@ -90,6 +104,6 @@ def load_runs(path: str | os.PathLike[str], config: TuneConfig) -> list[Run]:
     """
     contents = read_file(Path(path))
     return [
-        Run(number, key, run, contents.measurements.get(key, {}), config)
+        Run(number, key, run, contents.of_run(key), config)
         for number, ((key, _), run) in enumerate(contents.runs.items(), 1)
     ]

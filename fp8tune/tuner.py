@@ -6,7 +6,7 @@
       |                                        |
       |                                        +-------other shapes---> WARMUP
       +--candidates--> WARMUP --warmup_steps steps, or freeze()-------> FROZEN
-      +--no candidate-------------------------------------------------> FROZEN
+      +--no candidate, or a plan was given----------------------------> FROZEN
 
 In WARMUP every candidate runs converted and is watched; at the freeze each signature is
 timed, and layers that are not clearly faster are reverted. In REPLAYED the layers are
@@ -19,22 +19,28 @@ as something else than it was.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from enum import StrEnum
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from fp8tune import report
-from fp8tune.capture import in_backward
-from fp8tune.compiling import apply_compile, refuse_compiling
+from fp8tune.compiling import (
+    apply_compile,
+    gate_calls,
+    refuse_compiling,
+)
 from fp8tune.config import OnShapeChange
 from fp8tune.errors import PhaseError, PlanMismatchError
-from fp8tune.pipeline import Options, Pipeline
+from fp8tune.options import Options
+from fp8tune.passes import in_backward
+from fp8tune.phases import NEXT_PHASES, Phase
+from fp8tune.pipeline import Pipeline
 from fp8tune.plan import Plan
-from fp8tune.recipes import Recipe
-from fp8tune.records import Layer
+from fp8tune.recipes import Recipe, Recipes
+from fp8tune.roles import roles_of
+from fp8tune.trial_run import TrialRun
 
 __all__ = ["Phase", "Tuner"]
 
@@ -43,21 +49,8 @@ logger = logging.getLogger("fp8tune")
 # So many forwards with gradients and no backward are no accident.
 _FORWARDS_BEFORE_WARNING = 10
 
-
-class Phase(StrEnum):
-    """Where the tuner is; see the picture above."""
-
-    WARMUP = "warmup"
-    REPLAYED = "replayed"
-    FROZEN = "frozen"
-
-
-_NEXT: dict[Phase | None, frozenset[Phase]] = {
-    None: frozenset(Phase),
-    Phase.WARMUP: frozenset({Phase.FROZEN}),
-    Phase.REPLAYED: frozenset({Phase.WARMUP, Phase.FROZEN}),
-    Phase.FROZEN: frozenset(),
-}
+# Forwards that freeze, settle or only find out that a step is complete.
+_STEPS_TO_SPARE = 10
 
 
 class Tuner:
@@ -66,7 +59,7 @@ class Tuner:
     Args:
         module: the model.
         device: where it is.
-        recipe: what its Linears may be converted to.
+        recipes: what its Linears may be converted to.
         options: the rest.
 
     Attributes:
@@ -76,21 +69,30 @@ class Tuner:
     """
 
     def __init__(
-        self, module: nn.Module, device: torch.device, recipe: Recipe, options: Options
+        self,
+        module: nn.Module,
+        device: torch.device,
+        recipes: Recipes,
+        options: Options,
     ) -> None:
         self.phase: Phase | None = None
         self.plan: Plan | None = None
         self.target: Callable[..., Any] = module
         self._module = module
-        self._recipe = recipe
+        self._recipes = recipes
         self._options = options
         self._forwards_without_step = 0
-        self._pipeline = Pipeline(module, device, recipe, options)
+        self._pipeline = Pipeline(module, device, recipes, options)
+        self._trial: TrialRun | None = None
+        self._ungate: Callable[[], None] = _nothing
         self._driver = module.register_forward_pre_hook(self._on_forward)
         self._start()
 
     def _start(self) -> None:
-        pipeline = self._pipeline
+        pipeline, given = self._pipeline, self._options.plan
+        if given is not None:
+            self._finish(given)
+            return
         if not pipeline.candidates:
             self._say(logging.WARNING, report.no_candidates_line(pipeline.screened))
             self._finish(pipeline.decide())
@@ -110,16 +112,71 @@ class Tuner:
         pipeline.convert([x.fqn for x in pipeline.candidates])
         pipeline.watch(keep_tensors=True)
         self._enter(Phase.WARMUP)
-        line = report.start_line(pipeline.screened, self._recipe.name)
+        line = report.start_line(pipeline.screened, self._recipes.name)
         self._say(logging.INFO, line)
 
-    def _finish(self, plan: Plan) -> None:
+    def _end_warmup(self) -> None:
+        plan = self._pipeline.decide()
+        self._say(logging.INFO if plan.float8_fqns else logging.WARNING, plan)
+        config = self._options.config
+        steps = self._pipeline.trial_steps
+        roles = roles_of(plan.decisions, config.min_speedup)
+        if not steps or not roles:
+            self._finish(plan)
+            return
+        self._stop_watching(plan)
+        self._trial = TrialRun(
+            plan,
+            roles,
+            self._pipeline,
+            self._options,
+            max_steps=steps,
+            say=self._say,
+        )
+        self._enter(Phase.TRIAL)
+        self._compile()
+        self.target, self._ungate = gate_calls(self._module, self.target, self._gate)
+        self._trial.follow(self._module)
+
+    def _end_trial(self) -> Plan:
+        assert self._trial is not None
+        self.plan = self._trial.close()
+        self._trial = None
+        self._ungate()
+        self._enter(Phase.FROZEN)
+        return self.plan
+
+    def _gate(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call`` with the trial around it, while there is one."""
+
+        def gate(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                refuse_compiling()
+            training = self._module.training and torch.is_grad_enabled()
+            if not training or in_backward():
+                return call(*args, **kwargs)
+            if self._trial and self._trial.before():
+                self._end_trial()
+            output = call(*args, **kwargs)
+            if self._trial:
+                self._trial.after(output)
+            return output
+
+        return gate
+
+    def _stop_watching(self, plan: Plan) -> None:
         self._pipeline.convert(plan.float8_fqns)
         self._pipeline.capture.close()
         self._driver.remove()
+
+    def _compile(self) -> None:
+        self.target = apply_compile(self._module, self._options.compile)
+
+    def _finish(self, plan: Plan) -> None:
+        self._stop_watching(plan)
         self.plan = plan
         self._enter(Phase.FROZEN)
-        self.target = apply_compile(self._module, self._options.compile)
+        self._compile()
 
     def _say(self, level: int, what: object) -> None:
         """Log, on the first rank only."""
@@ -127,7 +184,7 @@ class Tuner:
             logger.log(level, "%s", what)
 
     def _enter(self, phase: Phase) -> None:
-        if phase not in _NEXT[self.phase]:
+        if phase not in NEXT_PHASES[self.phase]:
             raise PhaseError(f"cannot go from {self.phase} to {phase}")
         self.phase = phase
 
@@ -147,7 +204,7 @@ class Tuner:
     def _warmup_forward(self) -> None:
         capture, wanted = self._pipeline.capture, self._options.warmup_steps
         if capture.steps >= wanted and not capture.waiting:
-            self.freeze()
+            self._end_warmup()
             return
         self._forwards_without_step += 1
         expected = wanted + _FORWARDS_BEFORE_WARNING
@@ -160,7 +217,7 @@ class Tuner:
         if not capture.called or capture.waiting:
             return
         assert self.plan is not None
-        change = _shape_change(self._pipeline.layers(), self.plan)
+        change = report.shape_change(self._pipeline.layers(), self.plan)
         if change is None:
             self._finish(self.plan)
             return
@@ -182,13 +239,16 @@ class Tuner:
         """Time what was seen so far, decide, revert, compile; see AutoFloat8.freeze."""
         if self.phase is Phase.FROZEN and self.plan is not None:
             return self.plan
-        waiting = self._pipeline.capture.waiting
+        trial = self._trial
+        waiting = trial.waiting if trial else self._pipeline.capture.waiting
         if waiting:
             raise PhaseError(
                 f"freeze() while {waiting} forward passes wait for their backward, which "
                 "would recompute layers as something else than they were; call it after "
                 "backward(), or delete outputs that need none"
             )
+        if trial:
+            return self._end_trial()
         plan = self.plan
         if plan is None:
             plan = self._pipeline.decide()
@@ -196,26 +256,41 @@ class Tuner:
         self._finish(plan)
         return plan
 
+    def run(self, training_step: Callable[[], object]) -> Plan:
+        """Repeat a training step until the plan is frozen; see AutoFloat8.trial."""
+        most = self._options.warmup_steps + self._pipeline.trial_steps
+        for _ in range(most + _STEPS_TO_SPARE):
+            if self.phase is Phase.FROZEN and self.plan is not None:
+                return self.plan
+            training_step()
+        raise PhaseError(f"the plan is not frozen after all its steps: {self.status()}")
+
     @property
     def converted(self) -> list[nn.Linear]:
         """The Linears that are converted right now."""
         return list(self._pipeline.converted.values())
 
+    @property
+    def conversions(self) -> list[tuple[nn.Linear, Recipe]]:
+        """The same, each with what it is converted to."""
+        return self._pipeline.conversions()
+
+    @property
+    def linears(self) -> int:
+        """How many Linears the model has."""
+        return len(self._pipeline.screened)
+
     def status(self) -> str:
         """The table, or how far tuning has come."""
         if self.plan is not None:
             return str(self.plan)
+        if self._trial is not None:
+            return self._trial.status()
         steps, wanted = self._pipeline.capture.steps, self._options.warmup_steps
         return f"tuning: {steps} of {wanted} warmup steps seen\n" + report.start_line(
-            self._pipeline.screened, self._recipe.name
+            self._pipeline.screened, self._recipes.name
         )
 
 
-def _shape_change(layers: Sequence[Layer], plan: Plan) -> str | None:
-    """What the first call that the plan does not know was called with, or None."""
-    for layer in layers:
-        planned = [signature.shape for signature, _ in plan[layer.fqn].signatures]
-        for signature, _ in layer.calls:
-            if signature.shape not in planned:
-                return report.shape_change_line(layer.fqn, planned, signature.shape)
-    return None
+def _nothing() -> None:
+    """There is no gate to remove."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import uuid
@@ -12,26 +13,34 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fp8tune.cache import Cache, Key
+from fp8tune.records import Layer, Measurement, Reason, Shape, Signature
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from fp8tune.clock import Work
-    from fp8tune.records import Signature
+    from fp8tune.tournament import TrialPlan
 
     Script = Callable[[Signature, str], float]
+    StepScript = Callable[[set[str]], float]
 
 
 class ScriptedClock:
     """Answers with the script's milliseconds and never runs the work.
+
+    A training step in a trial is answered by its own script, which gets the names of the
+    roles that are converted in it.
 
     Attributes:
         timed: how often each (signature, variant) was timed.
         warmed: how often each was warmed up.
     """
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, steps: StepScript | None = None) -> None:
         self._script = script
+        self._steps = steps
         self._seconds = 0.0
         self.timed: Counter[tuple[Signature, str]] = Counter()
         self.warmed: Counter[tuple[Signature, str]] = Counter()
@@ -48,8 +57,16 @@ class ScriptedClock:
     def now(self) -> float:
         return self._seconds
 
+    def mark(self) -> None:
+        return None
 
-@pytest.fixture
+    def elapsed_ms(self, start: None, end: None, what: TrialPlan) -> float:
+        del start, end
+        assert self._steps is not None, "no script for training steps"
+        return self._steps({role.name for role in what})
+
+
+@pytest.fixture(scope="session")
 def scripted_clock() -> type[ScriptedClock]:
     return ScriptedClock
 
@@ -136,3 +153,71 @@ class Ranks:
 @pytest.fixture
 def ranks(tmp_path: Path) -> Ranks:
     return Ranks(tmp_path)
+
+
+# A cache file such as two trainings leave, for what shows caches.
+
+_SIZES = {
+    "attention.wq": (4096, 4096),
+    "attention.wk": (4096, 1024),
+    "attention.wv": (4096, 1024),
+    "attention.wo": (4096, 4096),
+    "feed_forward.w1": (4096, 14336),
+    "feed_forward.w2": (14336, 4096),
+    "feed_forward.w3": (4096, 14336),
+}
+
+
+def _called_with(m: int, k: int, n: int) -> Signature:
+    shape = Shape(m, k, n, "bfloat16", "bfloat16", None, bias=False)
+    return Signature(shape, grad_input=True, grad_weight=True, grad_bias=False)
+
+
+def _llama_layers(rows: int, blocks: int) -> tuple[Layer, ...]:
+    layers = [
+        Layer(
+            f"layers.{i}.{name}",
+            k,
+            n,
+            "bfloat16",
+            True,
+            None,
+            ((_called_with(17, k, n), 1), (_called_with(rows, k, n), 12))
+            if name == "attention.wo"
+            else ((_called_with(rows, k, n), 12),),
+        )
+        for i in range(blocks)
+        for name, (k, n) in _SIZES.items()
+    ]
+    left_out = Reason.FILTERED_BY_NAME
+    return (*layers, Layer("output", 4096, 128256, "bfloat16", True, left_out))
+
+
+def _timed(signature: Signature, gain: float, recorded: str) -> Measurement:
+    """32 pairs; large layers gain more, and every fourth pair is disturbed."""
+    shape = signature.shape
+    reference = 6 * shape.m * shape.k * shape.n / 6e11
+    speedup = gain * (0.62 + 0.09 * math.log2(shape.m * shape.n / 2**20 + 1))
+    wobbles = [1 + 0.004 * (i % 7) + 0.03 * (i % 4 == 0) for i in range(32)]
+    return Measurement(
+        signature,
+        "rowwise",
+        tuple(round(reference * x, 6) for x in wobbles),
+        tuple(round(reference / speedup * x, 6) for x in reversed(wobbles)),
+        recorded=recorded,
+    )
+
+
+@pytest.fixture
+def llama_cache(tmp_path: Path) -> Path:
+    """llama.json holds a run with torch 2.12 and a later one with torch 2.13."""
+    path = tmp_path / "llama.json"
+    runs = [("2.12.0", 8192, 1.0, "2026-01-31"), ("2.13.0", 2048, 1.1, "2026-03-01")]
+    for version, rows, gain, recorded in runs:
+        environment = (("device", "Imaginary 1000"), ("torch", version))
+        key = Key(environment, "rowwise", "rowwise, emulate=False", "compiled")
+        layers = _llama_layers(rows, 32)
+        called = sorted({signature for x in layers for signature, _ in x.calls})
+        timed = [_timed(signature, gain, recorded) for signature in called]
+        Cache(path).save(key, layers, timed)
+    return path

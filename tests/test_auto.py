@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fp8tune import AutoFloat8, PhaseError, Reason, TuneConfig
-from fp8tune.capture import in_backward
+from fp8tune.passes import in_backward
 from fp8tune.recipes import BFloat16Linear
 
 if TYPE_CHECKING:

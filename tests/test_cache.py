@@ -22,7 +22,7 @@ import fp8tune.cache
 from fp8tune.cache import Cache, Key
 from fp8tune.cache_file import FORMAT_VERSION
 from fp8tune.codec import UNSEALED
-from fp8tune.records import Layer, Measurement, Reason, Shape, Signature
+from fp8tune.records import Accuracy, Layer, Measurement, Reason, Shape, Signature
 
 GOLDEN = Path(__file__).parent / "data" / "cache-v1.json"
 NOBODY = 65534
@@ -51,9 +51,18 @@ RUN = (
     replace(MODEL[1], calls=((SEEN[0], 3),)),
     MODEL[2],
 )
+TIMES = {"reference_ms": (1.5, 1.25), "candidate_ms": (1.0, 0.75)}
 MEASURED = [
-    Measurement(seen, "rowwise", (1.5, 1.25), (1.0, 0.75), recorded="2026-01-31")
-    for seen in SEEN
+    Measurement(
+        SEEN[0],
+        "rowwise",
+        **TIMES,
+        recorded="2026-01-31",
+        accuracy=Accuracy(31.5, 30.25, 29.75, underflow=0.001, saturation=0.0),
+        reference_bytes=12 * 2**20,
+        candidate_bytes=8 * 2**20,
+    ),
+    Measurement(SEEN[1], "rowwise", **TIMES, recorded="2026-01-31"),
 ]
 
 

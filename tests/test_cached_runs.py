@@ -77,7 +77,13 @@ def test_the_replayed_model_is_compiled_after_its_first_step(
 ) -> None:
     # Timing differs with compile, so this run tunes once more into the same file.
     clock = scripted_clock(big_is_faster)
-    options = {"recipe": "bf16", "warmup_steps": 1, "cache": cache, "compile": compile}
+    options = {
+        "recipe": "bf16",
+        "warmup_steps": 1,
+        "cache": cache,
+        "compile": compile,
+        "config": TuneConfig(trial_steps=0),
+    }
     tuned = AutoFloat8(model(), clock=clock, **options)
     for _ in range(2):
         step(tuned)
@@ -88,6 +94,48 @@ def test_the_replayed_model_is_compiled_after_its_first_step(
     step(auto)
     assert auto.phase == "frozen"
     assert (auto.module._compiled_call_impl is not None) == bool(compile)
+
+
+def test_the_next_run_starts_with_the_winner_of_the_trial(
+    tmp_path: Path, scripted_clock: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fp8tune")
+    # Alone both gain; in the step the second costs more than it gains.
+    clock = scripted_clock(
+        lambda _, variant: 1.0 if variant == "reference" else 0.5,
+        lambda names: 10.0 - 2 * ("0" in names) + 3 * ("2" in names),
+    )
+    path = tmp_path / "fp8tune.json"
+    options = {"recipe": "bf16", "warmup_steps": 1, "cache": path, "clock": clock}
+    config = TuneConfig(trial_steps=200)
+    first = AutoFloat8(model(), config=config, **options)
+    first.trial(lambda: (step(first), first.zero_grad()))
+    assert first.plan.float8_fqns == ["0"]
+    again = AutoFloat8(model(), config=config, **options)
+    assert again.frozen
+    assert again.plan == first.plan
+    without = AutoFloat8(model(), config=TuneConfig(trial_steps=0), **options)
+    assert without.plan.float8_fqns == ["0", "2"]
+
+
+def test_timings_without_a_trial_are_not_timed_again_but_tried(
+    cache: Path, scripted_clock: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fp8tune")
+    clock = scripted_clock(big_is_faster, lambda names: 10.0 - len(names))
+    auto = AutoFloat8(
+        model(),
+        recipe="bf16",
+        warmup_steps=1,
+        cache=cache,
+        clock=clock,
+        config=TuneConfig(trial_steps=200),
+    )
+    assert not auto.frozen
+    assert "no trial of whole plans yet" in caplog.text
+    auto.trial(lambda: (step(auto), auto.zero_grad()))
+    assert clock.timed == {}
+    assert auto.plan.float8_fqns == ["0", "2"]
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,7 @@ def failed(reason, detail, key=None):
 
 
 def decide_all(layers, measurements, config=CONFIG):
-    by_signature = {x.signature: x for x in measurements}
-    return decide(layers, by_signature, "rowwise", config)
+    return decide(layers, measurements, ["rowwise"], config)
 
 
 def decide_one(*measurements, config=CONFIG):

@@ -56,7 +56,7 @@ def decided(cell, scripted_clock):
     sample = Sample(signature, meta_linear(k, n), None, None)
     measurement = measure(sample, ROWWISE, scripted_clock(time_ms), CONFIG)
     layer = Layer("linear", k, n, "bfloat16", True, None, ((signature, 1),))
-    (decision,) = decide([layer], {signature: measurement}, ROWWISE.name, CONFIG)
+    (decision,) = decide([layer], [measurement], [ROWWISE.name], CONFIG)
     return decision
 
 
@@ -73,7 +73,9 @@ def statically_accepted():
         (m, speedup)
         for m, k, n, speedup in cells()
         if isinstance(
-            screen(meta_linear(k, n), ROWWISE, static_filter=StaticFilter.SMALL_KN)[0],
+            screen(meta_linear(k, n), [ROWWISE], static_filter=StaticFilter.SMALL_KN)[
+                0
+            ],
             Candidate,
         )
     ]

@@ -15,8 +15,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -32,6 +33,8 @@ from fp8tune.codec import encode
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
     from fp8tune.records import Signature
     from tests.conftest import Ranks, ScriptedClock
@@ -108,7 +111,9 @@ def whole(model: nn.Module) -> list[torch.Tensor]:
 
 def types(model: nn.Module) -> dict[str, str]:
     return {
-        name.replace("_checkpoint_wrapped_module.", ""): type(x).__name__
+        name.replace("_checkpoint_wrapped_module.", "").removeprefix("module."): (
+            type(x).__name__
+        )
         for name, x in model.named_modules()
         if isinstance(x, nn.Linear)
     }
@@ -176,6 +181,11 @@ def auto_in_ddp() -> tuple[nn.Module, AutoFloat8]:
     return DistributedDataParallel(auto), auto
 
 
+def auto_around_ddp() -> tuple[nn.Module, AutoFloat8]:
+    auto = auto_of(DistributedDataParallel(stack()))
+    return auto, auto
+
+
 def ddp_of_auto_module() -> tuple[nn.Module, AutoFloat8]:
     outer = DistributedDataParallel(stack(), find_unused_parameters=True)
     return outer, auto_of(outer.module)
@@ -185,7 +195,7 @@ def sharded_by_hand(build: Callable[..., object]) -> nn.Module:
     match build.__name__:
         case "tp_then_auto":
             return tensor_parallel(by_hand())
-        case "auto_in_ddp" | "ddp_of_auto_module":
+        case "auto_in_ddp" | "auto_around_ddp" | "ddp_of_auto_module":
             return DistributedDataParallel(by_hand())
         case "fsdp_of_single_linears":
             return shard_linears(by_hand())
@@ -217,6 +227,7 @@ def tuned_and_by_hand(build: Callable[[], tuple[nn.Module, AutoFloat8]]) -> obje
         checkpointed_fsdp,
         tp_then_auto,
         auto_in_ddp,
+        auto_around_ddp,
         ddp_of_auto_module,
     ],
 )
@@ -236,6 +247,79 @@ def test_tuned_steps_equal_those_converted_by_hand_before_sharding(
     assert frozen == {"0.up": up, "0.down": down, "1.up": up, "1.down": down}
 
 
+def mesh_of_two_by_two() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+
+def parallel_and_checkpointed(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    layout = {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}
+    return checkpointed(parallelize_module(model, mesh["tp"], layout))
+
+
+def shard_over(model: nn.Module, mesh: DeviceMesh) -> None:
+    for block in model:
+        fully_shard(block, mesh=mesh["dp"])
+
+
+def tuned_in_the_usual_order() -> object:
+    mesh = mesh_of_two_by_two()
+    model = parallel_and_checkpointed(stack(), mesh)
+    auto = auto_of(model)
+    shard_over(model, mesh)
+    outer = fully_shard(auto, mesh=mesh["dp"])
+    train(outer, same_batch=True)
+    other = parallel_and_checkpointed(by_hand(), mesh)
+    shard_over(other, mesh)
+    train(fully_shard(other, mesh=mesh["dp"]), same_batch=True)
+    pairs = zip(whole(outer), whole(other), strict=True)
+    equal = all(torch.equal(a, b) for a, b in pairs)
+    train(outer, same_batch=True)
+    return equal, types(auto.module), plan_text(auto)
+
+
+def test_all_of_it_in_the_usual_order_on_a_mesh_of_two_dimensions(ranks: Ranks) -> None:
+    """parallelize_module, checkpoint_wrapper, AutoFloat8, fully_shard."""
+    answers = ranks(4, tuned_in_the_usual_order)
+    assert set(answers) == {0, 1, 2, 3}
+    assert all(answer == answers[0] for answer in answers.values())
+    equal, frozen, _ = answers[0]
+    assert equal is True
+    names = ("0.up", "0.down", "1.up", "1.down")
+    assert frozen == dict.fromkeys(names, "Float8Linear")
+
+
+def compile_blocks(model: nn.Module) -> None:
+    for block in model:
+        block.compile(backend="eager")
+
+
+def blocks_compiled_at_the_freeze(shard_or_wrap: Callable[..., nn.Module]) -> object:
+    model = stack()
+    outer = shard_or_wrap(model)
+    auto = auto_of(model, compile=compile_blocks)
+    train(outer)
+    auto.freeze()
+    frozen = [x.clone() for x in whole(outer)]
+    train(outer)
+    other = by_hand(lambda fqn: fqn.endswith("up"))
+    with torch.no_grad():
+        for parameter, value in zip(other.parameters(), frozen, strict=True):
+            parameter.copy_(value)
+    outer_other = shard_or_wrap(other)
+    train(outer_other)
+    pairs = zip(whole(outer), whole(outer_other), strict=True)
+    compiled = torch._dynamo.utils.counters["stats"]["calls_captured"]
+    return all(torch.equal(a, b) for a, b in pairs), compiled > 0
+
+
+@pytest.mark.parametrize("shard_or_wrap", [shard, DistributedDataParallel])
+def test_blocks_are_compiled_at_the_freeze_of_a_parallel_model(
+    shard_or_wrap: Callable[..., nn.Module], ranks: Ranks
+) -> None:
+    answers = ranks(2, blocks_compiled_at_the_freeze, shard_or_wrap)
+    assert answers == {0: (True, True), 1: (True, True)}
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +332,7 @@ class Attention(nn.Module):
 def tune_eighth(*, sharded: bool) -> object:
     model = nn.Sequential(Attention())
     if sharded:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        mesh = mesh_of_two_by_two()
         parallelize_module(model, mesh["tp"], {"*.wk": ColwiseParallel()})
         fully_shard(model, mesh=mesh["dp"])
     else:
@@ -283,11 +367,10 @@ def test_fsdp_on_top_is_undone_before_timing(ranks: Ranks) -> None:
 
 def tp_and_fsdp_with_real_clock() -> object:
     """A collective hidden in the timing would hang, since ranks time unequally often."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = mesh_of_two_by_two()
     layout = {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}
     model = parallelize_module(stack(), mesh["tp"], layout)
-    for block in model:
-        fully_shard(block, mesh=mesh["dp"])
+    shard_over(model, mesh)
     fully_shard(model, mesh=mesh["dp"])
     auto = AutoFloat8(model, recipe="bf16", warmup_steps=1)
     for _ in range(3):
@@ -471,6 +554,75 @@ def test_pipeline_stages_agree_on_what_they_share(ranks: Ranks) -> None:
     # The second stage is the slower, so what it found counts for the shared signatures.
     assert set(first.values()) == {"float8"}
     assert set(second.values()) == {"float8"}
+
+
+def run_schedule(
+    kind: type[PipelineScheduleSingle], auto: AutoFloat8, steps: int
+) -> None:
+    """Training steps of two stages, each on four microbatches of four rows."""
+    rank = dist.get_rank()
+    stage = PipelineStage(auto, rank, 2, torch.device("cpu"))
+    schedule = kind(stage, 4, loss_fn=nn.functional.mse_loss)
+    optimizer = torch.optim.SGD(auto.parameters(), lr=1e-2)
+    for _ in range(steps):
+        if rank == 0:
+            schedule.step(torch.ones(16, 32))
+        else:
+            schedule.step(target=torch.zeros(16, 48))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def schedule_frozen_between_steps(kind: type[PipelineScheduleSingle]) -> object:
+    auto = auto_of(Stage(2 * dist.get_rank()), warmup_steps=1000)
+    run_schedule(kind, auto, steps=2)
+    before = auto.frozen
+    auto.freeze()
+    run_schedule(kind, auto, steps=1)
+    plan = auto.plan
+    rows = {x.shape.m for d in plan.decisions for x, _ in d.signatures}
+    return before, rows, {d.fqn: str(d.verdict) for d in plan.decisions}
+
+
+@pytest.mark.parametrize("kind", [ScheduleGPipe, Schedule1F1B])
+def test_a_pipeline_schedule_frozen_between_steps(
+    kind: type[PipelineScheduleSingle], ranks: Ranks
+) -> None:
+    answers = ranks(2, schedule_frozen_between_steps, kind)
+    verdicts: dict[str, str] = {}
+    for before, rows, decided in answers.values():
+        assert before is False
+        assert rows == {4}
+        verdicts |= decided
+    up = {f"layers.{i}.up": "float8" for i in range(4)}
+    down = {f"layers.{i}.down": "reference" for i in range(4)}
+    assert verdicts == {**up, **down, "head": "float8"}
+
+
+def schedule_with_a_group_per_stage(kind: type[PipelineScheduleSingle]) -> object:
+    ranks_of_stage, _ = dist.new_subgroups(1)
+    auto = auto_of(Stage(2 * dist.get_rank()), process_group=ranks_of_stage)
+    run_schedule(kind, auto, steps=4)
+    return auto.frozen
+
+
+@pytest.mark.parametrize("kind", [ScheduleGPipe, Schedule1F1B])
+def test_a_pipeline_schedule_whose_stages_freeze_by_themselves(
+    kind: type[PipelineScheduleSingle], ranks: Ranks
+) -> None:
+    assert ranks(2, schedule_with_a_group_per_stage, kind) == {0: True, 1: True}
+
+
+def schedule_that_waits_for_itself() -> object:
+    auto = auto_of(Stage(2 * dist.get_rank()), warmup_steps=1)
+    run_schedule(ScheduleGPipe, auto, steps=2)
+    return "frozen"
+
+
+def test_a_freeze_inside_a_pipeline_schedule_times_out(ranks: Ranks) -> None:
+    """Without a group per stage: the first waits for the second, and that for it."""
+    for answer in ranks(2, schedule_that_waits_for_itself, seconds=5).values():
+        assert "Error" in answer
 
 
 def accumulate(*, unused: bool) -> object:

@@ -81,7 +81,7 @@ class SquaredRecipe:
 
 
 def test_the_built_in_recipes_are_known():
-    assert recipe_names() == ["bf16", *TORCHAO_NAMES]
+    assert recipe_names() == ["bf16", "mxfp8_floor", "mxfp8_rceil", *TORCHAO_NAMES]
 
 
 @every_recipe
@@ -228,8 +228,8 @@ def test_a_registered_recipe_is_used_by_its_name(scripted_clock):
 def test_a_factory_gets_the_device():
     devices = []
     register_recipe("squared", lambda device: devices.append(device) or SquaredRecipe())
-    get_recipe("squared", "meta")
-    assert devices == [torch.device("meta")]
+    get_recipe("squared", "cpu")
+    assert devices == [torch.device("cpu")]
 
 
 def test_a_name_is_registered_once():
@@ -239,14 +239,14 @@ def test_a_name_is_registered_once():
 
 @pytest.mark.parametrize("find", [get_recipe, resolve_recipe])
 def test_an_unknown_name_lists_the_known(find):
-    known = "bf16, rowwise, rowwise_with_gw_hp, tensorwise"
+    known = "bf16, mxfp8_floor, mxfp8_rceil, rowwise, rowwise_with_gw_hp, tensorwise"
     with pytest.raises(UnknownRecipeError, match=f"'row'; choose one of {known}"):
         find("row", "cpu")
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["rowwise"], BFloat16Recipe, object()])
 def test_what_is_no_recipe_is_refused(wrong):
-    with pytest.raises(ConfigError, match=r"expected a name \(bf16, rowwise, "):
+    with pytest.raises(ConfigError, match=r"expected a name \(bf16, mxfp8_floor, "):
         resolve_recipe(wrong, "cpu")
 
 

@@ -22,7 +22,7 @@ def linear(k=64, n=64, dtype=torch.float32):
 
 def screened(module, recipe="rowwise", **options):
     options.setdefault("static_filter", StaticFilter.DIVISIBLE)
-    return screen(module, get_recipe(recipe, "cpu"), **options)
+    return screen(module, [get_recipe(recipe, "cpu")], **options)
 
 
 def reason(module, recipe="rowwise", **options):
@@ -79,7 +79,8 @@ def test_a_name_that_contains_a_filter_is_left_out():
 
 
 def test_filters_are_substrings():
-    left = candidates(stack(12), filter_fqns=["layers.1"])
+    every = {"include_output_layer": True}
+    left = candidates(stack(12), filter_fqns=["layers.1"], **every)
     assert left == [f"layers.{i}" for i in (0, 2, 3, 4, 5, 6, 7, 8, 9)]
 
 
@@ -213,9 +214,9 @@ def test_an_old_weight_norm_is_left_out():
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_an_output_layer_tied_to_an_embedding_is_left_out(kind):
     module = nn.ModuleDict({"tokens": kind(64, 64), "head": nn.Linear(64, 64)})
-    assert reason(module) is None
+    assert reason(module, include_output_layer=True) is None
     module["head"].weight = module["tokens"].weight
-    assert reason(module) is Reason.TIED_TO_EMBEDDING
+    assert reason(module, include_output_layer=True) is Reason.TIED_TO_EMBEDDING
 
 
 def test_linears_tied_to_each_other_are_candidates():

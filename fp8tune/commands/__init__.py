@@ -2,3 +2,5 @@
 
 ``fp8tune.cli`` imports the one that is asked for and prints what it returns.
 """
+
+__all__: list[str] = []

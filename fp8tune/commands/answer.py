@@ -85,7 +85,7 @@ def heading_lines(run: Run, of: int) -> list[str]:
     environment = dict(run.key.environment)
     device = environment.pop("device", "an unknown device")
     recorded = f", recorded {run.recorded}" if run.recorded else ""
-    recipe = f"{run.key.recipe} (emulated)" if run.emulated else run.key.recipe
+    recipe = f"{run.key.label} (emulated)" if run.emulated else run.key.label
     what = f"{len(run.layers)} Linears, {recipe}, {run.key.timing}"
     return [
         f"run {run.number} of {of}{recorded}: {what}, on {device}",
@@ -99,8 +99,8 @@ def run_data(run: Run) -> dict[str, Any]:
         "number": run.number,
         "recorded": run.recorded or None,
         "environment": dict(run.key.environment),
-        "recipe": run.key.recipe,
-        "settings": run.key.settings,
+        "recipe": run.key.label,
+        "settings": run.key.all_settings,
         "emulated": run.emulated,
         "timing": run.key.timing,
     }

@@ -31,8 +31,8 @@ __all__ = ["answer"]
 
 class _Change(StrEnum):
     VERDICT = "another verdict"
-    FASTER = "clearly faster in B"
-    SLOWER = "clearly slower in B"
+    FASTER = "faster in B"
+    SLOWER = "slower in B"
     SAME = "no clear change"
     ONLY_A = "only in A"
     ONLY_B = "only in B"
@@ -114,7 +114,7 @@ def _key_lines(a: Run, b: Run) -> list[str]:
     fields = [
         {
             **dict(x.key.environment),
-            "recipe": x.key.recipe,
+            "recipe": x.key.label,
             "settings": x.key.settings,
             "timing": x.key.timing,
         }

@@ -58,8 +58,9 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     run, index = _find(runs_asked, arguments.fqn, arguments.cache)
     layer, decision = run.layers[index], run.decisions[index]
     stories = [
-        _Story(signature, calls, run.measurements.get(signature))
+        _Story(signature, calls, measured)
         for signature, calls in layer.calls
+        for measured in run.measured(signature) or [None]
     ]
     first = [*_opening(layer, decision)]
     last = _ending(decision, run)

@@ -83,9 +83,7 @@ def _without(
             if not (_matches(key, wanted) and _is_older(measurement, before)):
                 left.add_measurement(key, measurement)
     for (key, _), run in contents.runs.items():
-        used = {signature for layer in run for signature, _ in layer.calls}
-        known = contents.measurements.get(key, {}).keys()
-        lost = (used & known) - left.measurements.get(key, {}).keys()
+        lost = left.unmeasured(key, run) - contents.unmeasured(key, run)
         # A run that nothing was timed in is as old as nobody knows.
         untimed = before is None and _matches(key, wanted)
         if not (lost or untimed):

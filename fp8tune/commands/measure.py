@@ -55,7 +55,7 @@ def answer(
         None,
         ((sample.signature, 1),),
     )
-    (decision,) = decide([layer], {sample.signature: measured}, recipe.name, config)
+    (decision,) = decide([layer], [measured], [recipe.name], config)
     emulated = " (emulated: no times of float8 hardware)" if recipe.emulated else ""
     text = measurement_line(measured, config) + emulated
     verdict = decision.recipe or "high precision"

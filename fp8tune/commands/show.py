@@ -30,14 +30,13 @@ __all__ = ["answer"]
 
 _COLUMNS = (
     Column("layer"),
-    *(Column(x, right=True) for x in ("M", "K", "N", "reference ms", "float8 ms")),
+    *(Column(x, right=True) for x in ("M", "K", "N", "ref ms", "float8 ms")),
     Column("speedup", right=True),
     Column("verdict"),
     Column("reason"),
 )
 _GREEN, _RED, _YELLOW, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[33m", ""
 _COLOURS = {
-    Reason.FASTER: _GREEN,
     Reason.SLOWER: _RED,
     Reason.NO_CLEAR_DIFFERENCE: _YELLOW,
 }
@@ -49,14 +48,17 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     one = arguments.run is not None
     runs = [newest_run(every, arguments.run, arguments.cache)] if one else every
     tables = [(run, _rows(run, unfold=arguments.all)) for run in runs]
+    if arguments.json:
+        data = [
+            run_data(run) | {"layers": [_row_data(x) for x in rows]}
+            for run, rows in tables
+        ]
+        return Answer([], {"cache": arguments.cache, "runs": data})
     lines: list[str] = []
     for run, rows in tables:
         lines += [""] if lines else []
         lines += _run_lines(run, rows, len(every), screen)
-    data = [
-        run_data(run) | {"layers": [_row_data(x) for x in rows]} for run, rows in tables
-    ]
-    return Answer(lines, {"cache": arguments.cache, "runs": data})
+    return Answer(lines, {})
 
 
 _Row = tuple[str, "Sequence[str]", "Decision"]
@@ -79,8 +81,8 @@ def _run_lines(
     run: Run, rows: Sequence[_Row], number_of_runs: int, screen: Screen
 ) -> list[str]:
     heading = heading_lines(run, number_of_runs)
-    summary = summary_line(run.decisions, run.key.recipe)
-    colours = [_COLOURS.get(x.reason, _PLAIN) for *_, x in rows]
+    summary = summary_line(run.decisions, run.key.label)
+    colours = [_colour(x) for *_, x in rows]
     table = column_lines(
         _COLUMNS,
         [_cells(*row) for row in rows],
@@ -93,6 +95,11 @@ def _run_lines(
         *table,
         *paragraph(summary, screen.width),
     ]
+
+
+def _colour(decision: Decision) -> str:
+    converted = decision.verdict is Verdict.FLOAT8
+    return _GREEN if converted else _COLOURS.get(decision.reason, _PLAIN)
 
 
 def _cells(pattern: str, fqns: Sequence[str], decision: Decision) -> list[str]:

@@ -1,0 +1,23 @@
+"""The phases of tuning and the transitions between them."""
+
+from enum import StrEnum
+
+__all__ = ["NEXT_PHASES", "Phase"]
+
+
+class Phase(StrEnum):
+    """Where the tuner is; see the picture in fp8tune.tuner."""
+
+    WARMUP = "warmup"
+    REPLAYED = "replayed"
+    TRIAL = "trial"
+    FROZEN = "frozen"
+
+
+NEXT_PHASES: dict[Phase | None, frozenset[Phase]] = {
+    None: frozenset(Phase),
+    Phase.WARMUP: frozenset({Phase.TRIAL, Phase.FROZEN}),
+    Phase.TRIAL: frozenset({Phase.FROZEN}),
+    Phase.REPLAYED: frozenset({Phase.WARMUP, Phase.FROZEN}),
+    Phase.FROZEN: frozenset(),
+}
