@@ -221,8 +221,11 @@ def run(
         model = Llama(sizes).to(getattr(torch, recipe.reference))
     bare = deepcopy(model)
     processes.shard(model)
-    # "divisible": also time what the recipe's table of small K and N would leave out.
-    config = fp8tune.TuneConfig(static_filter=fp8tune.StaticFilter.DIVISIBLE)
+    # Also time what the recipe's table of small K and N, or care for stability, would
+    # leave out.
+    config = fp8tune.TuneConfig(
+        static_filter=fp8tune.StaticFilter.DIVISIBLE, include_output_layer=True
+    )
     auto = AutoFloat8(
         model, recipe, compile=compile_blocks, cache=arguments.cache, config=config
     )

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fp8tune.auto import AutoFloat8
-    from fp8tune.config import OnShapeChange, StaticFilter, Timing, TuneConfig
+    from fp8tune.config import (
+        Objective,
+        OnShapeChange,
+        StaticFilter,
+        Timing,
+        TuneConfig,
+    )
     from fp8tune.errors import (
         AlreadyCompiledError,
         CacheError,
@@ -49,6 +55,7 @@ _HOMES = {
     "Fp8TuneError": "errors",
     "MissingPackageError": "errors",
     "ModelError": "errors",
+    "Objective": "config",
     "OnShapeChange": "config",
     "Phase": "phases",
     "PhaseError": "errors",
@@ -79,6 +86,7 @@ __all__ = [
     "Fp8TuneError",
     "MissingPackageError",
     "ModelError",
+    "Objective",
     "OnShapeChange",
     "Phase",
     "PhaseError",

@@ -33,9 +33,15 @@ def _gpu(device: torch.device) -> dict[str, str]:
         "capability": f"{major}.{minor}",
         "sm_count": str(properties.multi_processor_count),
         "driver": _driver_version(),
-        "cuda": str(torch.version.hip or torch.version.cuda),
-        "cublas": _version_of("nvidia-cublas", "nvidia-cublas-cu12"),
+        **_libraries(),
     }
+
+
+def _libraries() -> dict[str, str]:
+    if torch.version.hip:
+        return {"rocm": torch.version.hip}
+    cublas = _version_of("nvidia-cublas", "nvidia-cublas-cu12")
+    return {"cuda": str(torch.version.cuda), "cublas": cublas}
 
 
 def _driver_version() -> str:

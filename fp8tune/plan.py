@@ -15,13 +15,14 @@ from fp8tune.linears import named_linears, normalize_fqn
 from fp8tune.records import Candidate, Decision, LeftOut, Verdict
 from fp8tune.sharding import is_plain_linear
 
+# The codec reads the types of the fields while it runs.
+from fp8tune.trial_records import TrialResult  # noqa: TC001
+
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
 
     from torch import nn
-
-    from fp8tune.trial_records import TrialResult
 
 
 __all__ = ["PLAN_VERSION", "Plan"]

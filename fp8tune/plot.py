@@ -150,7 +150,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 def _timed(decisions: Sequence[Decision]) -> list[tuple[str, Decision]]:
     """(name, decision) of the kinds of layers that have a speedup, the slowest first."""
     known = [x for x in decisions if x.speedup is not None]
-    keys = [(x.k, x.n, x.verdict, x.reason, x.signatures) for x in known]
+    keys = [(x.k, x.n, x.verdict, x.reason, x.recipe, x.signatures) for x in known]
     rows = [
         (f"{name} ×{len(x)}" if len(x) > 1 else name, known[x[0]])  # noqa: RUF001
         for name, x in fold_names([x.fqn for x in known], keys)

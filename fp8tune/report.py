@@ -102,7 +102,12 @@ def _footer(plan: Plan) -> list[str]:
         plan.summary(),
         f"timed {plan.timing} against {plan.reference} on {device}",
     ]
-    if plan.emulated:
+    if plan.emulated and "," in plan.recipe:
+        lines.append(
+            f"of {plan.recipe}, those are emulated for which this device has no GEMMs: "
+            "their numerics are real, their times are not those of float8 hardware"
+        )
+    elif plan.emulated:
         lines.append(
             f"{plan.recipe} is emulated here, since this device has no such GEMMs: its "
             "numerics are real, its times are not those of float8 hardware"

@@ -1,12 +1,13 @@
 """Decisions with real clocks, where bf16 GEMMs have a real crossover on this CPU."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fp8tune import AutoFloat8, Reason
+from fp8tune import AutoFloat8, Reason, TuneConfig
 
 
 def has_fast_bf16() -> bool:
@@ -22,6 +23,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on two busy cores mostly wait for each other at barriers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class TwoKinds(nn.Module):
     """One layer that sees every row, one of the same weight that sees eight."""
 
@@ -35,7 +45,9 @@ class TwoKinds(nn.Module):
 
 
 def tune(model: nn.Module, rows: int, **options: object) -> AutoFloat8:
-    auto = AutoFloat8(model, recipe="bf16", warmup_steps=1, **options)
+    # Long enough to outlast what else may run on the machine.
+    config = TuneConfig(max_seconds=5.0, max_samples=512, trial_steps=0)
+    auto = AutoFloat8(model, recipe="bf16", warmup_steps=1, config=config, **options)
     for _ in range(2):
         x = torch.randn(rows, 512, requires_grad=True)
         auto(x).square().mean().backward()

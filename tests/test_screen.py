@@ -250,3 +250,67 @@ def test_names_are_free_of_checkpoint_wrappers():
 
 def test_a_checkpointed_root_has_an_empty_name():
     assert candidates(checkpoint_wrapper(linear())) == [""]
+
+
+def names_left_out(module, **options):
+    records = screened(module, **options)
+    return {x.fqn: x.reason for x in records if not isinstance(x, Candidate)}
+
+
+class Headed(nn.Module):
+    """Embedding, layers, and a head of its own weight for so many tokens."""
+
+    def __init__(self, tokens, number=2, kind=nn.Embedding):
+        super().__init__()
+        self.tokens = kind(tokens, 64, device="meta")
+        self.layers = nn.ModuleList(linear() for _ in range(number))
+        self.head = linear(64, 256)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_the_output_layer_of_a_vocabulary_is_left_out(kind):
+    module = Headed(256, kind=kind)
+    assert names_left_out(module) == {"head": Reason.OUTPUT_LAYER}
+    assert names_left_out(module, include_output_layer=True) == {}
+
+
+def test_a_last_layer_of_another_size_is_no_output_layer():
+    assert names_left_out(Headed(255)) == {}
+
+
+def test_only_the_last_layer_can_be_the_output_layer():
+    # As large as the vocabulary, by chance.
+    module = Headed(64)
+    assert names_left_out(module) == {}
+
+
+class Chain(nn.Module):
+    """Layers of different names, as in a vision model."""
+
+    def __init__(self, number):
+        super().__init__()
+        for i in range(number):
+            self.add_module(f"layer_{'abcdefghij'[i]}", linear())
+
+
+@pytest.mark.parametrize(("number", "left_out"), [(8, 0), (9, 2), (10, 2)])
+def test_the_first_and_last_of_many_are_left_out(number, left_out):
+    found = names_left_out(Chain(number))
+    names = list(dict(Chain(number).named_children()))
+    ends = {names[0]: Reason.FIRST_OR_LAST, names[-1]: Reason.FIRST_OR_LAST}
+    assert found == (ends if left_out else {})
+    assert names_left_out(Chain(number), include_output_layer=True) == {}
+
+
+def test_blocks_stay_alike():
+    # The first Linear belongs to a repeated block, the last does not.
+    assert names_left_out(Headed(255, 9)) == {"head": Reason.FIRST_OR_LAST}
+    assert names_left_out(Headed(256, 9)) == {"head": Reason.OUTPUT_LAYER}
+
+
+def test_a_layer_is_left_to_the_recipes_that_take_it():
+    recipes = [get_recipe(x, "cpu") for x in ("mxfp8_rceil", "rowwise")]
+    (record,) = screen(linear(64, 48), recipes, static_filter=StaticFilter.DIVISIBLE)
+    assert record.excluded == (("mxfp8_rceil", Reason.NOT_DIVISIBLE_BY_32),)
+    (record,) = screen(linear(64, 40), recipes, static_filter=StaticFilter.DIVISIBLE)
+    assert record.reason is Reason.NOT_DIVISIBLE_BY_32

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 # Real timing, but everything is kept, so that the tuned model stays the converted one.
 KEEP_ALL = TuneConfig(
-    min_speedup=1e-9, max_samples=8, static_filter=StaticFilter.DIVISIBLE
+    min_speedup=1e-9,
+    max_samples=8,
+    static_filter=StaticFilter.DIVISIBLE,
+    include_output_layer=True,
 )
 
 

@@ -70,7 +70,7 @@ def _rows(run: Run, *, unfold: bool) -> list[_Row]:
     fqns = [name_of(decision.fqn) for decision in decisions]
     if unfold:
         return [(fqn, [fqn], x) for fqn, x in zip(fqns, decisions, strict=True)]
-    keys = [(x.k, x.n, x.verdict, x.reason, x.signatures) for x in decisions]
+    keys = [(x.k, x.n, x.verdict, x.reason, x.recipe, x.signatures) for x in decisions]
     return [
         (pattern, [fqns[i] for i in indexes], decisions[indexes[0]])
         for pattern, indexes in fold_names(fqns, keys)
