@@ -223,15 +223,19 @@ def run(
     processes.shard(model)
     # Also time what the recipe's table of small K and N, or care for stability, would
     # leave out.
+    # A trial of whole plans needs ten rounds of eight, and is to end before training.
+    steps = arguments.steps
     config = fp8tune.TuneConfig(
-        static_filter=fp8tune.StaticFilter.DIVISIBLE, include_output_layer=True
+        static_filter=fp8tune.StaticFilter.DIVISIBLE,
+        include_output_layer=True,
+        trial_steps=min(400, steps * 4 // 5) if steps >= 100 else 0,
     )
     auto = AutoFloat8(
         model, recipe, compile=compile_blocks, cache=arguments.cache, config=config
     )
     trained = processes.replicate(auto)
     processes.seed_batches()
-    Trainer(trained, sizes, device).train(arguments.steps)
+    Trainer(trained, sizes, device).train(steps)
     plan = auto.freeze()  # is frozen already, unless there were hardly any steps
     if not arguments.no_compare:
         variants = build_variants(bare, plan, recipe, processes)

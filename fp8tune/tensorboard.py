@@ -144,7 +144,9 @@ def _markdown(plan: Plan) -> list[str]:
 
 def _folded(plan: Plan) -> list[tuple[str, Any]]:
     """Names as code, since braces and underscores mean something in markdown."""
-    keys = [(x.k, x.n, x.verdict, x.reason, x.recipe, x.signatures) for x in plan.decisions]
+    keys = [
+        (x.k, x.n, x.verdict, x.reason, x.recipe, x.signatures) for x in plan.decisions
+    ]
     return [
         (f"`{name}`" + (f" x{len(x)}" if len(x) > 1 else ""), plan.decisions[x[0]])
         for name, x in fold_names([x.fqn for x in plan.decisions], keys)
