@@ -119,8 +119,6 @@ def _structural_reason(linear: nn.Linear, embeddings: set[int]) -> Reason | None
     # attribute that a hook computes; parametrizations change the class.
     if "weight" not in dict(linear.named_parameters(recurse=False)):
         return Reason.PARAMETRIZED
-    if "forward" in vars(linear):  # another library put its own in front
-        return Reason.NOT_PLAIN_LINEAR
     if is_plain_linear(linear):
         tied = id(linear.weight) in embeddings
         return Reason.TIED_TO_EMBEDDING if tied else None

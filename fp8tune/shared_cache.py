@@ -108,8 +108,8 @@ class SharedCache:
         if self._cache is None or not self._ranks.first:
             return
         known = list(measurements)
-        models = {table.layers for table in tables}
-        for layers in {merge_calls(model, tables) for model in models}:
+        models = {tuple(x.fqn for x in t.layers): t.layers for t in tables}
+        for layers in (merge_calls(model, tables) for model in models.values()):
             called = {signature for layer in layers for signature, _ in layer.calls}
             # What a busy machine timed is good for this run, not for later ones.
             timed = [x for x in known if x.signature in called and x.steady]
