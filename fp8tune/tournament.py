@@ -6,8 +6,8 @@ falls on all alike. Times are compared within a round. Clearly beaten plans leav
 looks (8, 16, 32 rounds). What stays is settled so:
 
 * high precision wins unless another plan is clearly faster than it;
-* among plans that do not differ clearly from the fastest, the one that converts the
-  fewest layers wins.
+* among plans that do not differ clearly from the fastest, and by at most 2%, the one
+  that converts the fewest layers wins.
 
 Then a new field is made of the winner and the winner with one role flipped, those first
 whose own speedup was nearest to the threshold, until no flip is left or the steps are
@@ -36,6 +36,10 @@ _FIELD_SIZE = 8
 _UNCOUNTED_ROUNDS = 2
 
 _MOST_ROUNDS = 32
+
+# On a noisy machine plans that are 10% apart may not differ clearly. Fewer converted
+# layers are worth this much at most.
+_NEAR = 1.02
 
 
 @dataclass(frozen=True, order=True)
@@ -166,7 +170,8 @@ class Tournament:
         if not faster:
             return reference
         fastest = min(faster, key=lambda x: median(self._field.times(x)))
-        equal = [x for x in faster if not self._interval(x, fastest).low > 1]
+        behind = {x: self._interval(x, fastest) for x in faster}
+        equal = [x for x, by in behind.items() if by.low <= 1 and by.middle <= _NEAR]
         return min([fastest, *equal], key=_layers)
 
     def _next_field(self) -> None:
