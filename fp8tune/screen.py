@@ -60,27 +60,28 @@ def screen(
             return Reason.FILTERED_BY_NAME
         return _structural_reason(linear, embeddings) or unstable.get(fqn)
 
-    def excluded(linear: nn.Linear) -> tuple[tuple[str, Reason], ...]:
-        local = as_computed(linear, fsdp=id(linear) in gathered)
-        found = [
-            (
-                x.name,
-                x.supports(local) or (x.static_filter(local) if small_kn else None),
-            )
-            for x in recipes
-        ]
-        return tuple((name, why) for name, why in found if why)
-
     def sorted_out(fqn: str, linear: nn.Linear) -> Candidate | LeftOut:
         why = reason(fqn, linear)
         if why:
             return LeftOut(fqn, linear, why)
-        without = excluded(linear)
+        local = as_computed(linear, fsdp=id(linear) in gathered)
+        without = _excluded(local, recipes, small_kn=small_kn)
         if len(without) == len(recipes):
             return LeftOut(fqn, linear, without[0][1])
         return Candidate(fqn, linear, without)
 
     return [sorted_out(fqn, x) for fqn, x in named_linears(module)]
+
+
+def _excluded(
+    local: nn.Linear, recipes: Sequence[Recipe], *, small_kn: bool
+) -> tuple[tuple[str, Reason], ...]:
+    """(recipe, reason) for the recipes that do not take a Linear of this shape."""
+    found = [
+        (x.name, x.supports(local) or (x.static_filter(local) if small_kn else None))
+        for x in recipes
+    ]
+    return tuple((name, why) for name, why in found if why)
 
 
 def _unstable(module: nn.Module) -> dict[str, Reason]:
