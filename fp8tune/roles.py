@@ -38,7 +38,10 @@ def _role(group: Sequence[Decision], min_speedup: float) -> Role:
     first = group[0].fqn
     name = without_numbers(first) if len(group) > 1 else first
     fqns = tuple(x.fqn for x in group)
-    return Role(name or "(root)", fqns, max(ratio, 1 / ratio))
+    # Siblings read the same input only if they are children of one module and take K
+    # numbers; whether they do is not known here, and need not be.
+    family = f"{name.rpartition('.')[0]} K={group[0].k}"
+    return Role(name or "(root)", fqns, max(ratio, 1 / ratio), family)
 
 
 def start_of(decisions: Iterable[Decision], roles: Iterable[Role]) -> TrialPlan:

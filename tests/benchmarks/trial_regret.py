@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from fp8tune import AutoFloat8, TuneConfig, get_recipe
 from fp8tune.intervals import speedup_interval
+from fp8tune.rounds import balanced_order
 
 logger = logging.getLogger("trial_regret")
 
@@ -126,8 +127,7 @@ def measured(dim: int, rows: int, plans: list[frozenset[str]]) -> list[list[floa
     times: list[list[float]] = [[] for _ in plans]
     with torch._dynamo.config.patch(recompile_limit=64):
         for turn in range(UNCOUNTED + ROUNDS):
-            order = range(len(plans)) if turn % 2 else reversed(range(len(plans)))
-            for i in order:
+            for i in balanced_order(len(plans), turn):
                 switch(model.block, plans[i])
                 elapsed = step(model)
                 if turn >= UNCOUNTED:
