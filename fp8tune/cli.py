@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, **extra: Any) -> int:
 
     Args:
         arguments: what stands behind ``fp8tune``; None is the process's own arguments.
-        extra: passed on to the command; ``clock`` for measure.
+        extra: passed on to the command; ``clock`` for measure and sweep.
 
     Returns:
         The exit code.
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, **extra: Any) -> int:
     _keep_going_on_odd_characters()
     parsed = _parser().parse_args(arguments)
     try:
-        _run(parsed, extra)
+        return _run(parsed, extra)
     except BrokenPipeError:  # as in `fp8tune show cache.json | head`
         # Python flushes stdout once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,15 +70,16 @@ def _failed(parsed: argparse.Namespace, problem: Exception, code: int) -> int:
     return code
 
 
-def _run(parsed: argparse.Namespace, extra: dict[str, Any]) -> None:
+def _run(parsed: argparse.Namespace, extra: dict[str, Any]) -> int:
     command = importlib.import_module(f"fp8tune.commands.{parsed.command}")
     screen = Screen(shutil.get_terminal_size().columns, _has_colours())
     answer = command.answer(parsed, screen, **extra)
-    if parsed.json:
+    if parsed.json is True:
         print(json.dumps(answer.data))
     else:
         print("\n".join(answer.lines))
     sys.stdout.flush()
+    return _INTERRUPTED if answer.interrupted else _OK
 
 
 def _has_colours() -> bool:
@@ -103,6 +104,8 @@ def _parser() -> _Parser:
     for name, (add, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         add(command)
+        if name == "bench":  # whose JSON may go to a file
+            continue
         command.add_argument(
             "--json", action="store_true", help="print JSON, as docs/schema describes"
         )
@@ -150,6 +153,56 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         "--max-seconds", type=float, default=1.0, help="of timing at most; default: 1"
     )
     _add_min_speedup(parser)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    sizes = {"m": "rows", "k": "in_features", "n": "out_features"}
+    for name, meaning in sizes.items():
+        help = f"{meaning}, as 1024,2048; default: 1024 to 32768, on a CPU 16 to 512"
+        parser.add_argument(f"--{name}", metavar="SIZES", type=_sizes, help=help)
+    _add_setting(parser)
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=0.2,
+        help="of timing per cell at most; default: 0.2",
+    )
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workload",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a block by name, as llama3-8b or llama3-8b@2048; several, or all if none",
+    )
+    parser.add_argument("--m", type=_size, help="rows, instead of the workload's own")
+    _add_setting(parser)
+    seconds = {"max": (10.0, "of timing"), "max-compile": (60.0, "of compiling")}
+    for name, (default, what) in seconds.items():
+        help = f"{what} plans of a workload at most; default: {default:.0f}"
+        parser.add_argument(f"--{name}-seconds", type=float, default=default, help=help)
+    parser.add_argument(
+        "--suite",
+        choices=("gpu", "cost"),
+        help="gpu: all that is to be known of a GPU, within ten minutes; cost: what "
+        "tuning takes with a cold and a warm compile cache",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const=True,
+        default=False,
+        help="print JSON, as docs/schema describes; with FILE write it there",
+    )
+
+
+def _add_setting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="rowwise", help="default: rowwise")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
 
 
 def _add_env(parser: argparse.ArgumentParser) -> None:
@@ -225,6 +278,10 @@ def _size(text: str) -> int:
     return number
 
 
+def _sizes(text: str) -> list[int]:
+    return sorted({_size(part) for part in text.split(",")})
+
+
 _COMMANDS = {
     "show": (_add_show, "the table of decisions of each run in a cache file"),
     "explain": (_add_explain, "the whole story of one decision"),
@@ -232,6 +289,8 @@ _COMMANDS = {
     "export": (_add_export, "a plan in the words of another trainer"),
     "plot": (_add_plot, "a picture of the speedups"),
     "measure": (_add_measure, "time one shape now"),
+    "sweep": (_add_sweep, "torchao's M, K, N grid of speedups, timed on this device"),
+    "bench": (_add_bench, "policies compared on blocks of published models"),
     "env": (_add_env, "what timings on this machine are true of"),
     "forget": (_add_forget, "take timings out of a cache file"),
 }

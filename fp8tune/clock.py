@@ -3,7 +3,7 @@
 A ``Clock`` is an argument wherever something is timed. It gets work in the order in
 which it is to run and returns one time for each.
 
-On CUDA five things are needed for a time that means something:
+On CUDA seven things are needed for a time that means something:
 
 * *Events.* The CPU only enqueues; the GPU's own timestamps before and after the work are
   what it took.
@@ -11,8 +11,10 @@ On CUDA five things are needed for a time that means something:
   Timed naively the GPU would wait for the CPU between kernels, and the variant with more
   kernels would be charged for Python. So the GPU is kept busy until all of the work is
   enqueued, and then runs it back to back, as it does in a training step whose queue is
-  deep. If the blocker ended too early the times are thrown away and the work is queued
-  again behind a longer one.
+  deep. If the blocker ended too early the times are thrown away, counted, and the work
+  is queued again behind a longer one. The driver's queue is finite, and once it is full
+  the CPU waits for the blocker however long that lasts; then each piece of work gets a
+  blocker of its own.
 * *A flush between repetitions.* In training the weight was last touched a step ago and
   is in no cache. Zeroing a buffer larger than L2, outside the timed region, evicts what
   the last repetition left there (as in triton.testing.do_bench).
@@ -20,22 +22,30 @@ On CUDA five things are needed for a time that means something:
   after everything was enqueued.
 * *The current stream.* Work, events, blocker and flush all go to the stream that is
   current when the clock is called; no other stream, allocator setting or seed changes.
+* *Warm-up until it is over.* Compiling, autotuning and the allocator's growth take an
+  unknown number of calls, so they are made until their times settle, each waited for.
+* *No CUDA graphs,* even where the model will run under them; ``fp8tune.cuda_graphs``
+  says why.
 
-On CPU work is synchronous, and a monotonic clock around it is enough.
+ROCm is the same: ``torch.cuda`` is its API too. Which piece of work comes when is not
+the clock's business: ``fp8tune.measure`` runs the variants forth and back.
+
+On CPU work is synchronous, and a monotonic clock around it is enough. Nothing is
+allocated before the first timing, since whoever times survives running out of memory.
 """
 
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
+from fp8tune.cuda_clock import CudaClock
 from fp8tune.records import Signature
+from fp8tune.warming import warm_up
 
 __all__ = ["Clock", "CpuClock", "CudaClock", "Work", "clock_for"]
-
-logger = logging.getLogger("fp8tune")
 
 
 class Work(Protocol):
@@ -84,10 +94,6 @@ class Clock(Protocol):
         ...
 
 
-# Compiling and autotuning happen in the first call, allocator growth in the second.
-_WARM_UP_CALLS = 3
-
-
 class CpuClock:
     """``time.perf_counter`` around the work, with caches flushed before."""
 
@@ -95,14 +101,14 @@ class CpuClock:
     # processes, and flushing some hundred MB would cost more than what is timed.
     _FLUSH_BYTES = 16 * 2**20
 
-    def __init__(self) -> None:
-        self._flush = torch.empty(self._FLUSH_BYTES, dtype=torch.uint8)
+    @cached_property
+    def _flush(self) -> torch.Tensor:
+        return torch.empty(self._FLUSH_BYTES, dtype=torch.uint8)
 
     def warm_up(self, work: Sequence[Work]) -> None:
-        """Run each a few times."""
+        """Run each until its time settles."""
         for item in work:
-            for _ in range(_WARM_UP_CALLS):
-                item()
+            warm_up(item)
 
     def time_ms(self, work: Sequence[Work]) -> list[float]:
         """Run in this order; milliseconds of each."""
@@ -126,134 +132,6 @@ class CpuClock:
         """Milliseconds from one mark to another."""
         del what
         return (end - start) * 1e3
-
-
-class CudaClock:
-    """CUDA events behind a blocking kernel; ROCm through the same API.
-
-    Args:
-        device: the GPU to time on.
-
-    Attributes:
-        discarded: batches thrown away because the GPU had to wait for the CPU.
-    """
-
-    # Twice the L2 of the largest GPU of today (B200: 126 MB) costs 0.1 ms to zero; small
-    # GPUs get twice their own.
-    _FLUSH_FACTOR = 2
-    # The blocker outlasts the last enqueueing by half, so that jitter fits in.
-    _MARGIN = 1.5
-    _FIRST_BLOCK_MS = 2.0
-    # A second of blocking means that the work itself waits for the GPU; more would not
-    # help.
-    _LONGEST_BLOCK_MS = 1000.0
-
-    def __init__(self, device: torch.device) -> None:
-        self.discarded = 0
-        self._device = device
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        size = self._FLUSH_FACTOR * l2_bytes
-        self._flush = torch.empty(size, dtype=torch.uint8, device=device)
-        self._block_ms = self._FIRST_BLOCK_MS
-        self._warned = False
-        self._cycles_per_ms = self._calibrate()
-
-    def warm_up(self, work: Sequence[Work]) -> None:
-        """Run each a few times and wait for the GPU."""
-        with torch.cuda.device(self._device):
-            for item in work:
-                for _ in range(_WARM_UP_CALLS):
-                    item()
-            torch.cuda.synchronize()
-
-    def time_ms(self, work: Sequence[Work]) -> list[float]:
-        """Run in this order on the current stream; device milliseconds of each."""
-        with torch.cuda.device(self._device):
-            while True:
-                longest = self._block_ms >= self._LONGEST_BLOCK_MS
-                times, gapless = self._attempt(work)
-                if gapless or longest:
-                    self._warn_about_gaps(gapless)
-                    return times
-                self.discarded += 1
-
-    def _attempt(self, work: Sequence[Work]) -> tuple[list[float], bool]:
-        """Times, and whether the GPU was still blocked when all work was enqueued."""
-        torch.cuda.synchronize()
-        events = [(_timing_event(), _timing_event()) for _ in work]
-        unblocked = torch.cuda.Event()
-        enqueued_from = time.perf_counter()
-        block_gpu(int(self._block_ms * self._cycles_per_ms))
-        unblocked.record()
-        for item, (start, end) in zip(work, events, strict=True):
-            self._flush.zero_()
-            start.record()
-            item()
-            end.record()
-        gapless = not unblocked.query()
-        enqueue_ms = (time.perf_counter() - enqueued_from) * 1e3
-        torch.cuda.synchronize()
-        if not gapless:
-            # Never shortened again: the GPU's clock may not be what it was when the
-            # kernel was calibrated, and every batch would be thrown away once.
-            longer = max(2 * self._block_ms, self._MARGIN * enqueue_ms)
-            self._block_ms = min(longer, self._LONGEST_BLOCK_MS)
-        return [start.elapsed_time(end) for start, end in events], gapless
-
-    def _warn_about_gaps(self, gapless: bool) -> None:
-        if gapless or self._warned:
-            return
-        self._warned = True
-        logger.warning(
-            "the GPU waited for the CPU even behind %d ms of queued work, so timings "
-            "include launch gaps; does the model synchronise in forward?",
-            self._LONGEST_BLOCK_MS,
-        )
-
-    def _calibrate(self) -> float:
-        """Cycles of the blocking kernel per millisecond."""
-        cycles = 1_000_000
-        with torch.cuda.device(self._device):
-            block_gpu(cycles)
-            start, end = _timing_event(), _timing_event()
-            start.record()
-            block_gpu(cycles)
-            end.record()
-            torch.cuda.synchronize()
-        return cycles / max(start.elapsed_time(end), 1e-3)
-
-    def now(self) -> float:
-        """Seconds of ``time.perf_counter``."""
-        return time.perf_counter()
-
-    def mark(self) -> torch.cuda.Event:
-        """An event on the current stream."""
-        event = _timing_event()
-        event.record()
-        return event
-
-    def elapsed_ms(
-        self, start: torch.cuda.Event, end: torch.cuda.Event, what: object
-    ) -> float:
-        """Milliseconds between two events, once the later one is reached."""
-        del what
-        end.synchronize()
-        return start.elapsed_time(end)
-
-
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
-
-
-def block_gpu(cycles: int) -> None:
-    """Keep the current stream busy for this many GPU cycles.
-
-    torch offers a spinning kernel only as a private function, which its own tests use.
-    Where it is missing nothing blocks, and the clock says that there were gaps.
-    """
-    sleep: Callable[[int], None] | None = getattr(torch.cuda, "_sleep", None)
-    if sleep is not None:
-        sleep(cycles)
 
 
 def clock_for(device: torch.device) -> Clock:

@@ -1,13 +1,22 @@
 """torch.compile: what the user asked for, when it is applied, when it came too early."""
 
+from __future__ import annotations
+
+import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fp8tune.config import Timing
+from fp8tune.config import Context, Timing
 from fp8tune.errors import CompiledTooEarlyError
+from fp8tune.inductor import settings_of, unset, with_recipe_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from fp8tune.recipes import Recipe
 
 __all__ = [
     "Compile",
@@ -28,8 +37,20 @@ Gate = Callable[[Callable[..., Any]], Callable[..., Any]]
 Compile = bool | Mapping[str, Any] | Callable[[nn.Module], Any]
 
 
-def apply_compile(module: nn.Module, compile: Compile) -> Callable[..., Any]:
+def apply_compile(
+    module: nn.Module,
+    compile: Compile,
+    recipes: Collection[Recipe],
+    say: Callable[[int, object], None],
+) -> Callable[..., Any]:
     """Compile as asked for.
+
+    Args:
+        module: the model.
+        compile: what the user asked for.
+        recipes: what its Linears may be converted to; what they need is applied, unless
+            a function of the user's compiles.
+        say: logs.
 
     Returns:
         What to call for the model: the module itself, compiled in place, or the module
@@ -38,17 +59,40 @@ def apply_compile(module: nn.Module, compile: Compile) -> Callable[..., Any]:
     if compile is False:
         return module
     if callable(compile):
+        _say_what_is_missing(recipes, say)
         result = compile(module)
         return result if isinstance(result, nn.Module) else module
-    module.compile(**(compile if isinstance(compile, Mapping) else {}))
+    options = compile if isinstance(compile, Mapping) else {}
+    settings = settings_of(recipes)
+    if settings:
+        say(logging.INFO, f"compiling with {settings}, as {_in_need(recipes)} needs")
+    module.compile(**with_recipe_settings(options, recipes))
     return module
 
 
-def compile_options(compile: Compile, timing: Timing) -> dict[str, Any] | None:
+def _say_what_is_missing(
+    recipes: Collection[Recipe], say: Callable[[int, object], None]
+) -> None:
+    for name, value in unset(settings_of(recipes)).items():
+        say(
+            logging.WARNING,
+            f"{_in_need(recipes)} needs torch._inductor.config.{name} = {value}; compile= "
+            "is a function of yours, so set it there",
+        )
+
+
+def _in_need(recipes: Iterable[Recipe]) -> str:
+    return ", ".join(dict.fromkeys(x.name for x in recipes if settings_of([x])))
+
+
+def compile_options(
+    compile: Compile, timing: Timing, recipes: Collection[Recipe] = ()
+) -> dict[str, Any] | None:
     """Keyword arguments of torch.compile for timing one Linear; None is eager."""
     if timing is Timing.EAGER or (timing is Timing.AUTO and compile is False):
         return None
-    return dict(compile) if isinstance(compile, Mapping) else {}
+    options = compile if isinstance(compile, Mapping) else {}
+    return with_recipe_settings(options, recipes)
 
 
 def trial_steps(wanted: int | str, compile: Compile) -> int:
@@ -58,12 +102,13 @@ def trial_steps(wanted: int | str, compile: Compile) -> int:
     return 0 if compile is False else _AUTO_TRIAL_STEPS
 
 
-def timing_name(options: Mapping[str, Any] | None) -> str:
+def timing_name(options: Mapping[str, Any] | None, context: Context) -> str:
     """How Linears are timed, in words; timings of different names do not compare."""
+    around = "" if context is Context.LINEAR else f", {context.value}"
     if options is None:
-        return Timing.EAGER.value
+        return f"{Timing.EAGER.value}{around}"
     said = ", ".join(f"{name}={value!r}" for name, value in sorted(options.items()))
-    return f"{Timing.COMPILED.value}({said})" if said else Timing.COMPILED.value
+    return f"{Timing.COMPILED.value}{f'({said})' if said else ''}{around}"
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -9,7 +9,14 @@ from typing import Literal
 from fp8tune.errors import ConfigError
 from fp8tune.intervals import FIRST_LOOK
 
-__all__ = ["Objective", "OnShapeChange", "StaticFilter", "Timing", "TuneConfig"]
+__all__ = [
+    "Context",
+    "Objective",
+    "OnShapeChange",
+    "StaticFilter",
+    "Timing",
+    "TuneConfig",
+]
 
 
 class StaticFilter(StrEnum):
@@ -25,6 +32,13 @@ class Timing(StrEnum):
     AUTO = "auto"
     COMPILED = "compiled"
     EAGER = "eager"
+
+
+class Context(StrEnum):
+    """What surrounds a Linear while it is timed."""
+
+    LINEAR = "linear"
+    NORM_ACT = "norm_act"
 
 
 class OnShapeChange(StrEnum):
@@ -56,6 +70,9 @@ class TuneConfig:
             than eight Linears the first and the last (accelerate), unless they belong to
             repeated blocks, which stay alike. True takes them in.
         timing: "auto" times compiled if ``compile`` is given to AutoFloat8, else eager.
+        context: "linear" times a Linear alone; "norm_act" with RMSNorm before and SiLU
+            behind it in both variants, so that casts which Inductor fuses into what
+            surrounds them are not charged to float8.
         min_speedup: a layer is converted only if it is clearly faster than this many
             times its reference. 1.0 means any clear gain.
         objective: "time" converts what is clearly faster; "memory" what needs less
@@ -86,6 +103,7 @@ class TuneConfig:
     static_filter: StaticFilter = StaticFilter.SMALL_KN
     include_output_layer: bool = False
     timing: Timing = Timing.AUTO
+    context: Context = Context.LINEAR
     min_speedup: float = 1.0
     objective: Objective = Objective.TIME
     min_sqnr_db: float | None = None
@@ -100,6 +118,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         _to_enum(self, "static_filter", StaticFilter)
         _to_enum(self, "timing", Timing)
+        _to_enum(self, "context", Context)
         _to_enum(self, "on_shape_change", OnShapeChange)
         _to_enum(self, "objective", Objective)
         speedup, confidence = self.min_speedup, self.confidence

@@ -2,12 +2,17 @@
 
 import importlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["CompiledPlans"]
+__all__ = ["CompiledPlans", "compile_without_limit"]
+
+_LIMITS = ("recompile_limit", "accumulated_recompile_limit")
+_FAR_AWAY = 1024
 
 
 class _Compilation(NamedTuple):
@@ -18,6 +23,19 @@ class _Compilation(NamedTuple):
 
 def _config() -> Any:
     return importlib.import_module("torch._dynamo.config")
+
+
+@contextmanager
+def compile_without_limit() -> Generator[None]:
+    """Compile any number of variants of one function; forget all that is compiled.
+
+    For a process of our own: what else it compiled is forgotten too.
+    """
+    with _config().patch(dict.fromkeys(_LIMITS, _FAR_AWAY)):
+        try:
+            yield
+        finally:
+            torch.compiler.reset()
 
 
 class CompiledPlans:
@@ -35,15 +53,12 @@ class CompiledPlans:
         count: compilations so far.
     """
 
-    _LIMITS = ("recompile_limit", "accumulated_recompile_limit")
-    _WHILE_TRYING = 1024
-
     def __init__(self) -> None:
-        self._limits = {x: getattr(_config(), x) for x in self._LIMITS}
+        self._limits = {x: getattr(_config(), x) for x in _LIMITS}
         self._compiled: list[_Compilation] = []
         self._active: object = None
         self._emptied = 0
-        self._raise_limits(self._WHILE_TRYING)
+        self._raise_limits(_FAR_AWAY)
         self.count = 0
         self._hook = _on_compilation(self._note)
 

@@ -12,6 +12,7 @@
     ├── ExportError (ValueError)            a plan that the target has no words for
     ├── MissingPackageError (ImportError)   an optional package is not installed
     ├── RankMismatchError (RuntimeError)    ranks that cannot end with the same plan
+    ├── BenchError (RuntimeError)           a part of a benchmark that could not be run
     ├── PhaseError (RuntimeError)           a call that this phase does not allow
     └── CompiledTooEarlyError (RuntimeError)  traced by torch.compile before the freeze
 
@@ -20,6 +21,7 @@ Every message says what was found, what was expected and what to do.
 
 __all__ = [
     "AlreadyCompiledError",
+    "BenchError",
     "CacheError",
     "CompiledTooEarlyError",
     "ConfigError",
@@ -72,6 +74,10 @@ class MissingPackageError(Fp8TuneError, ImportError):
 
 class RankMismatchError(Fp8TuneError, RuntimeError):
     """Ranks that must end with the same plan hold different layers or settings."""
+
+
+class BenchError(Fp8TuneError, RuntimeError):
+    """A part of a benchmark could not be run."""
 
 
 class PhaseError(Fp8TuneError, RuntimeError):

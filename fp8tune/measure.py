@@ -100,9 +100,10 @@ def measure_all(
     again = [x for x in recipes if results[x.name].failure is Reason.OUT_OF_MEMORY]
     if again:
         release()
+        # What it holds is part of what did not fit.
+        sample = Sample(sample.signature, sample.linear, None, None)
         _free_memory()
-        bare = Sample(sample.signature, sample.linear, None, None)
-        results |= attempt(bare, again)
+        results |= attempt(sample, again)
     return [results[x.name] for x in recipes]
 
 
@@ -121,9 +122,10 @@ class _Race:
         self._clock = clock
         self._config = config
         self._operands = Operands(sample)
-        self._reference = Replay(self._operands, None, compile_options)
+        around = config.context
+        self._reference = Replay(self._operands, None, compile_options, around)
         self._candidates = [
-            Replay(self._operands, recipe, compile_options) for recipe in recipes
+            Replay(self._operands, x, compile_options, around) for x in recipes
         ]
         # What is known of each candidate besides its times.
         self._known = {
@@ -131,12 +133,13 @@ class _Race:
             for x in self._candidates
         }
         self._running = list(self._candidates)
+        self._warm_up_s = 0.0
 
     def run(self, trace: Callable[[Work, Work], None] | None) -> list[Measurement]:
         """Warm up, time, and let the trace see what was timed."""
         try:
             with torch.enable_grad():
-                self._clock.warm_up([self._reference])
+                self._warm_up_one(self._reference)
                 reference_bytes = self._peak_bytes(self._reference)
                 for candidate in self._candidates:
                     self._warm_up(candidate, reference_bytes)
@@ -153,7 +156,7 @@ class _Race:
 
     def _warm_up(self, candidate: Replay, reference_bytes: int | None) -> None:
         try:
-            self._clock.warm_up([candidate])
+            self._warm_up_one(candidate)
             if candidate.ran:
                 self._known[candidate.variant] = replace(
                     self._known[candidate.variant],
@@ -163,6 +166,11 @@ class _Race:
                 )
         except Exception as error:  # noqa: BLE001 - the others go on
             self._drop(candidate, error)
+
+    def _warm_up_one(self, work: Replay) -> None:
+        started = self._clock.now()
+        self._clock.warm_up([work])
+        self._warm_up_s += self._clock.now() - started
 
     def _peak_bytes(self, work: Replay) -> int | None:
         return peak_bytes(self._operands.device, work) if work.ran else None
@@ -229,6 +237,7 @@ class _Race:
                 candidate_ms=times,
                 synthetic=sample.input is None or sample.grad_output is None,
                 recorded=datetime.now(UTC).date().isoformat(),
+                warm_up_s=self._warm_up_s,
             )
 
 

@@ -26,7 +26,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # The CPU allocator raises a bare RuntimeError.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        return True
+    # torch.compile raises an error of its own while it handles what ended compiling.
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int | None:

@@ -20,11 +20,7 @@ from fp8tune.capture import Capture
 from fp8tune.checks import check_plan_recipe, check_recipe_fits
 from fp8tune.clock import Clock, clock_for
 from fp8tune.compiling import compile_options, timing_name, trial_steps
-from fp8tune.consensus import (
-    RankTable,
-    merge_calls,
-    merge_measurements,
-)
+from fp8tune.consensus import RankTable, merge_calls, merge_measurements
 from fp8tune.decide import decide
 from fp8tune.environment import describe_environment
 from fp8tune.layers import layer_of
@@ -86,8 +82,9 @@ class Pipeline:
         self._options = options
         self._ranks = options.ranks
         self._timed: tuple[Layer, ...] = ()
-        self._compile_options = compile_options(options.compile, options.config.timing)
-        timing = timing_name(self._compile_options)
+        config = options.config
+        self._compile_options = compile_options(options.compile, config.timing, recipes)
+        timing = timing_name(self._compile_options, config.context)
         environment = describe_environment(device)
         (name, settings), *also = [(x.name, x.settings) for x in recipes]
         self._key = Key(environment, name, settings, timing, tuple(also))
@@ -248,6 +245,11 @@ class Pipeline:
             name = decision.recipe or decision.nearest
             if name:
                 self._assigned[fqn] = self._recipes.find(name)
+
+    @property
+    def assigned(self) -> list[Recipe]:
+        """The recipes that candidates are converted to whenever they are converted."""
+        return list(self._assigned.values())
 
     def clock(self) -> Clock:
         """The clock that was given, or that of the device."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["Progress", "time_left"]
+__all__ = ["Progress", "heard", "time_left"]
 
 logger = logging.getLogger("fp8tune")
 
@@ -82,6 +83,18 @@ class Progress:
         logger.info("[%d/%d] %s", self._done, self._total, line)
         if self._bar:
             self._bar.start()
+
+
+@contextmanager
+def heard() -> Generator[None]:
+    """For commands: a bar on a terminal, unless the user chose a level for the log."""
+    before = logger.level
+    if before == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _bar(stream: TextIO) -> Bar:

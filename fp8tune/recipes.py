@@ -42,6 +42,9 @@ class Recipe(Protocol):
         settings: everything that changes its speed or numerics, as text; timings in the
             cache hold for equal settings only.
         emulated: whether the device lacks the GEMMs, so that only numerics are real.
+
+    A recipe may also have ``inductor_settings`` (see ``fp8tune.inductor``) and ``casts``
+    (see ``fp8tune.casts``).
     """
 
     name: str

@@ -5,7 +5,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+from torchao.float8 import (
+    Float8LinearConfig,
+    Float8LinearRecipeName,
+    convert_to_float8_training,
+)
 from torchao.float8.config import CastConfig, ScalingGranularity, ScalingType
 from torchao.float8.float8_utils import tensor_to_scale
 
@@ -42,6 +46,9 @@ class TorchaoRecipe:
         self._config = dataclasses.replace(config, emulate=self.emulated)
         self.settings = repr(self._config)
         self._stub = _converted_stub(self._config)
+        # torchtitan and NeMo set it for this recipe; see pytorch issue 150859.
+        rowwise = name == Float8LinearRecipeName.ROWWISE.value
+        self.inductor_settings = {"emulate_precision_casts": True} if rowwise else {}
         plain = vars(_meta_linear())
         self._attributes = {k: v for k, v in vars(self._stub).items() if k not in plain}
 
@@ -61,6 +68,11 @@ class TorchaoRecipe:
         """Torchao's thresholds for K and N, measured on one H100 (torchao PR 2410)."""
         keep = _torchao_auto_filter(self.name)
         return None if keep is None or keep(linear, "") else Reason.SMALL_KN
+
+    @property
+    def has_static_filter(self) -> bool:
+        """Whether torchao has thresholds for this recipe."""
+        return _torchao_auto_filter(self.name) is not None
 
     def convert(self, linear: nn.Linear) -> None:
         """Give the Linear torchao's class and attributes."""

@@ -195,6 +195,8 @@ class Measurement:
         reference_bytes: most memory that the reference allocated at a time, or None
             where that cannot be told, as on a CPU.
         candidate_bytes: the same for the candidate.
+        warm_up_s: seconds until all variants that were timed together were warm:
+            compiling, autotuning, first calls.
     """
 
     signature: Signature
@@ -208,6 +210,7 @@ class Measurement:
     accuracy: Accuracy | None = None
     reference_bytes: int | None = None
     candidate_bytes: int | None = None
+    warm_up_s: float = 0.0
 
     @property
     def steady(self) -> bool:

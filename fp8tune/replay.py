@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from fp8tune.config import Context
+from fp8tune.cuda_graphs import without_cuda_graphs
 from fp8tune.records import REFERENCE, Sample, Shape
 from fp8tune.sharding import to_local
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fp8tune.recipes import Recipe
+
+    Body = Callable[[nn.Linear, torch.Tensor], torch.Tensor]
 
 __all__ = ["Operands", "Replay", "Results"]
 
@@ -103,6 +108,7 @@ class Replay:
         operands: what to run on, shared with the other variant.
         recipe: what the Linear is converted to; None is the reference.
         compile_options: keyword arguments of torch.compile, or None for eager.
+        context: what surrounds the Linear while it is timed.
 
     Attributes:
         ran: whether any clock has really run it; a scripted one never does.
@@ -113,6 +119,7 @@ class Replay:
         operands: Operands,
         recipe: Recipe | None,
         compile_options: Mapping[str, Any] | None,
+        context: Context = Context.LINEAR,
     ) -> None:
         self.signature = operands.sample.signature
         self.variant = recipe.name if recipe else REFERENCE
@@ -120,15 +127,16 @@ class Replay:
         self.recipe = recipe
         self.ran = False
         self._compile_options = compile_options
+        self._body = _IN_CONTEXT[context]
 
     def __call__(self) -> None:
         """Forward, again if it is recomputed, then the backward that training needs."""
         self.ran = True
-        self._run()
+        self._run(self._forward)
 
     def results(self) -> Results:
-        """The same run once more, with what it computed."""
-        output, gradients = self._run()
+        """What the bare Linear computes; eagerly where it is timed in a context."""
+        output, gradients = self._run(self._forward if self._body is _call else _call)
         found = dict(zip(map(id, self._differentiated), gradients, strict=True))
         return Results(
             output.detach(),
@@ -136,11 +144,11 @@ class Replay:
             found.get(id(self._linear.weight)),
         )
 
-    def _run(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def _run(self, forward: Body) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         with self._autocast():
-            output = self._forward(self._linear, self.operands.input)
+            output = forward(self._linear, self.operands.input)
             if self.signature.recompute:
-                output = self._forward(self._linear, self.operands.input)
+                output = forward(self._linear, self.operands.input)
         if not self._differentiated:
             return output, ()
         grad_output = self.operands.grad_output(output)
@@ -180,24 +188,36 @@ class Replay:
         return [tensor for needed, tensor in wanted if needed]
 
     @cached_property
-    def _forward(self) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
+    def _forward(self) -> Body:
         if self._compile_options is None:
-            return _call
-        options: dict[str, Any] = {"dynamic": False, **self._compile_options}
-        return torch.compile(_own_function(self.signature.shape), **options)
+            return self._body
+        plain = without_cuda_graphs(self._compile_options)
+        options: dict[str, Any] = {"dynamic": False, **plain}
+        function = _own_function(self._body, self.signature.shape)
+        return torch.compile(function, **options)
 
 
 def _call(linear: nn.Linear, tensor: torch.Tensor) -> torch.Tensor:
     return linear(tensor)
 
 
-def _own_function(shape: Shape) -> Callable[[nn.Linear, torch.Tensor], torch.Tensor]:
-    """A copy of ``_call`` with a code object and a name of its own.
+def _call_between_norm_and_act(linear: nn.Linear, tensor: torch.Tensor) -> torch.Tensor:
+    return F.silu(linear(F.rms_norm(tensor, tensor.shape[-1:])))
+
+
+_IN_CONTEXT = {
+    Context.LINEAR: _call,
+    Context.NORM_ACT: _call_between_norm_and_act,
+}
+
+
+def _own_function(body: types.FunctionType, shape: Shape) -> Body:
+    """A copy of the body with a code object and a name of its own.
 
     Dynamo keeps compiled code and its recompile limit by code object, and learns dynamic
     shapes by the function's name and place; sharing either would let one signature
     disturb another.
     """
     name = f"fp8tune_m{shape.m}_k{shape.k}_n{shape.n}"
-    code = _call.__code__.replace(co_name=name)
-    return types.FunctionType(code, _call.__globals__, name)
+    code = body.__code__.replace(co_name=name)
+    return types.FunctionType(code, body.__globals__, name)

@@ -203,6 +203,15 @@ def measurements_line(measurements: Sequence[Measurement], config: TuneConfig) -
     return f"{what}: {'; '.join(parts)}"
 
 
+def cost_line(signatures: int, seconds: float, warm_up_s: float) -> str:
+    """What timing took, compilation apart."""
+    counted = f"{signatures} signature{'' if signatures == 1 else 's'}"
+    return (
+        f"timed {counted} in {seconds:.1f} s, of which {warm_up_s:.1f} s went into "
+        "compiling and warming up"
+    )
+
+
 def _measured(measurement: Measurement, config: TuneConfig) -> str:
     if measurement.failure:
         return f"{words(measurement.failure)} ({measurement.detail})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from fp8tune.records import Layer, Measurement, Signature
 
 __all__ = ["time_signatures"]
+
+logger = logging.getLogger("fp8tune")
 
 
 def time_signatures(
@@ -51,6 +54,7 @@ def time_signatures(
     if not wanted:
         return
     clock = clock or clock_for(device)
+    began, warm_up_s = clock.now(), 0.0
     trace = _tracer(config, layers) if shown else None
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), Progress(len(wanted), shown=shown) as bar:
@@ -66,7 +70,11 @@ def time_signatures(
                 trace=trace,
             )
             bar.end(report.measurements_line(measurements, config))
+            warm_up_s += measurements[0].warm_up_s
             yield from measurements
+    if shown:
+        seconds = clock.now() - began
+        logger.info("%s", report.cost_line(len(wanted), seconds, warm_up_s))
 
 
 def _tracer(config: TuneConfig, layers: Sequence[Layer]) -> Any:

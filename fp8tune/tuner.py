@@ -19,7 +19,7 @@ as something else than it was.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class Tuner:
             say=self._say,
         )
         self._enter(Phase.TRIAL)
-        self._compile()
+        self._compile(self._pipeline.assigned)
         self.target, self._ungate = gate_calls(self._module, self.target, self._gate)
         self._trial.follow(self._module)
 
@@ -169,14 +169,15 @@ class Tuner:
         self._pipeline.capture.close()
         self._driver.remove()
 
-    def _compile(self) -> None:
-        self.target = apply_compile(self._module, self._options.compile)
+    def _compile(self, recipes: Collection[Recipe]) -> None:
+        compile = self._options.compile
+        self.target = apply_compile(self._module, compile, recipes, self._say)
 
     def _finish(self, plan: Plan) -> None:
         self._stop_watching(plan)
         self.plan = plan
         self._enter(Phase.FROZEN)
-        self._compile()
+        self._compile([recipe for _, recipe in self._pipeline.conversions()])
 
     def _say(self, level: int, what: object) -> None:
         """Log, on the first rank only."""

@@ -34,6 +34,14 @@ CASES = {
     "diff-same": ["diff", "llama.json", "llama.json"],
     "diff-all": ["diff", "llama.json", "llama.json", "--run-a", "1", "--all"],
     "measure": ["measure", "--m", "64", "--k", "32", "--n", "48", "--recipe", "bf16"],
+    "sweep": [
+        *("sweep", "--device", "cpu"),
+        *("--m", "16,64", "--k", "32,64", "--n", "24,32,64"),
+    ],
+    "bench": [
+        *("bench", "--device", "cpu", "--recipe", "bf16", "--eager"),
+        *("--workload", "torchtitan-debug"),
+    ],
     "env": ["env", "--device", "cpu"],
     "export-torchtitan": ["export", "llama.json", "--to", "torchtitan"],
     "export-automodel": ["export", "llama.json", "--to", "automodel"],
@@ -62,7 +70,7 @@ def call(folder, scripted_clock, monkeypatch, capsys):
 
     def run(*arguments, width=80):
         monkeypatch.setenv("COLUMNS", str(width))
-        timed = arguments[:1] == ("measure",)
+        timed = arguments[:1] in (("measure",), ("sweep",), ("bench",))
         extra = {"clock": scripted_clock(half_as_long)} if timed else {}
         try:
             code = main(arguments, **extra)

@@ -1,5 +1,6 @@
 """Real clocks: the CPU's everywhere, CUDA events where there is a GPU."""
 
+import itertools
 import time
 from statistics import median
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fp8tune.clock import CpuClock, CudaClock, block_gpu, clock_for
-from fp8tune.records import REFERENCE, Shape, Signature
+from fp8tune.clock import CpuClock, CudaClock, clock_for
+from fp8tune.cuda_clock import block_gpu
+from fp8tune.cuda_graphs import without_cuda_graphs
+from fp8tune.records import REFERENCE, Sample, Shape, Signature
+from fp8tune.replay import Operands, Replay
 
 SHAPE = Shape(16, 16, 16, "bfloat16", "bfloat16", None, False)
 SIGNATURE = Signature(SHAPE, grad_input=True, grad_weight=True, grad_bias=False)
@@ -89,12 +93,38 @@ def test_cpu_work_runs_in_order_with_one_time_each():
     assert order == list(range(5))
 
 
-def test_warming_up_runs_the_work_more_than_once():
+@pytest.mark.parametrize(
+    "slow_ms",
+    [(), (60,), (60, 20), (80, 20, 8), (60, 0, 20)],
+    ids=["none", "compiling", "two", "three", "autotuning later"],
+)
+def test_warming_up_goes_on_until_the_work_is_as_fast_as_it_gets(slow_ms):
     calls = []
-    CpuClock().warm_up(
-        [Item(lambda: calls.append("a")), Item(lambda: calls.append("b"))]
-    )
-    assert calls.count("a") == calls.count("b") >= 2
+
+    def run():
+        calls.append(time.perf_counter())
+        time.sleep(slow_ms[len(calls) - 1] / 1e3 if len(calls) <= len(slow_ms) else 0)
+        busy_for(0.002)()
+
+    CpuClock().warm_up([Item(run)])
+    # Two more calls were fast.
+    assert max(3, len(slow_ms) + 2) <= len(calls) <= 10
+
+
+def test_warming_up_ends_though_the_work_never_settles():
+    pauses = itertools.cycle([0.03, 0.0])
+    calls = []
+    item = Item(lambda: calls.append(time.sleep(next(pauses))))
+    CpuClock().warm_up([item])
+    assert len(calls) == 10
+
+
+def test_each_piece_of_work_is_warmed_up_by_itself():
+    calls = []
+    work = [Item(lambda: calls.append("a")), Item(lambda: calls.append("b"))]
+    CpuClock().warm_up(work)
+    assert min(calls.count("a"), calls.count("b")) >= 3
+    assert calls == sorted(calls)
 
 
 def test_the_cpu_clock_is_in_seconds():
@@ -123,7 +153,7 @@ def test_other_devices_have_none_and_the_error_says_what_to_do(kind):
 
 def test_torch_still_has_the_kernel_that_blocks():
     assert callable(getattr(torch.cuda, "_sleep", None)), (
-        "torch.cuda._sleep is gone: without it fp8tune.clock.block_gpu does nothing, "
+        "torch.cuda._sleep is gone: without it fp8tune.cuda_clock.block_gpu does nothing, "
         "and times of small layers include launch gaps"
     )
 
@@ -131,6 +161,77 @@ def test_torch_still_has_the_kernel_that_blocks():
 def test_without_that_kernel_nothing_blocks(monkeypatch):
     monkeypatch.delattr(torch.cuda, "_sleep", raising=False)
     block_gpu(10**9)
+
+
+# CUDA graphs
+
+NO_GRAPHS = {"triton.cudagraphs": False}
+AUTOTUNED = {"max_autotune": True, "coordinate_descent_tuning": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"options": NO_GRAPHS}),
+        ({"mode": "default"}, {"options": NO_GRAPHS}),
+        ({"mode": "reduce-overhead"}, {"options": NO_GRAPHS}),
+        ({"mode": "max-autotune"}, {"options": AUTOTUNED | NO_GRAPHS}),
+        (
+            {"fullgraph": True, "options": {"triton.cudagraphs": True, "a": 1}},
+            {"fullgraph": True, "options": {"a": 1} | NO_GRAPHS},
+        ),
+        ({"backend": "cudagraphs"}, {"backend": "aot_eager"}),
+        ({"backend": "eager", "mode": None}, {"backend": "eager", "mode": None}),
+    ],
+)
+def test_compile_options_keep_all_but_cuda_graphs(options, expected):
+    before = repr(options)
+    assert without_cuda_graphs(options) == expected
+    assert repr(options) == before
+
+
+def test_every_mode_of_torch_is_taken():
+    for mode in torch._inductor.list_mode_options():
+        options = without_cuda_graphs({"mode": mode})
+        assert options["options"]["triton.cudagraphs"] is False
+        assert torch.compile(nn.Linear(1, 1), **options) is not None
+
+
+def compiled_linear(device, **options):
+    """Work compiled with these options, on float32."""
+    shape = Shape(64, 128, 128, "float32", "float32", None, False)
+    signature = Signature(shape, grad_input=True, grad_weight=True, grad_bias=False)
+    linear = nn.Linear(128, 128, bias=False, device=device)
+    return Replay(Operands(Sample(signature, linear, None, None)), None, options)
+
+
+def test_timing_leaves_the_users_cuda_graphs_their_iterations():
+    """One call of cudagraph_mark_step_begin would end torch's own count for good."""
+    from torch._inductor import cudagraph_trees as trees  # noqa: PLC0415
+
+    work = compiled_linear("cpu", mode="reduce-overhead")
+    clock = CpuClock()
+    clock.warm_up([work])
+    clock.time_ms([work] * 2)
+    assert not trees.CUDAGraphTreeManager.user_invoked_mark_step()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "options", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}]
+)
+def test_nothing_is_recorded_in_cuda_graphs(cuda_clock, options):
+    from torch._inductor import cudagraph_trees as trees  # noqa: PLC0415
+
+    work = compiled_linear("cuda", **options)
+    cuda_clock.warm_up([work])
+    assert min(cuda_clock.time_ms([work] * 4)) > 0
+    device = torch.cuda.current_device()
+    assert trees.get_manager(device, create_if_none_exists=False) is None
+
+
+# On a GPU
 
 
 @pytest.mark.gpu
@@ -216,6 +317,39 @@ def test_python_before_a_launch_is_not_timed(cuda_clock):
 
 @pytest.mark.gpu
 @needs_gpu
+def test_more_launches_than_the_queue_holds_are_timed_without_gaps(cuda_clock, caplog):
+    a = torch.zeros(256, device="cuda")
+    item = Item(lambda: [a.add_(1) for _ in range(300)])
+    cuda_clock.warm_up([item])
+    together = cuda_clock.time_ms([item] * 12)
+    (alone,) = cuda_clock.time_ms([item])
+    assert median(together) < 1.5 * alone
+    assert "the GPU waited for the CPU" not in caplog.text
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_work_that_waits_for_the_gpu_itself_is_timed_with_a_warning(cuda_clock, caplog):
+    a = torch.zeros(256, device="cuda")
+    item = Item(lambda: a.sum().item())
+    assert len(cuda_clock.time_ms([item] * 2)) == 2
+    assert "the GPU waited for the CPU" in caplog.text
+    assert cuda_clock.discarded > 0
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_after_an_error_nothing_runs_on(cuda_clock):
+    def fail():
+        raise RuntimeError("no kernel")
+
+    with pytest.raises(RuntimeError, match="no kernel"):
+        cuda_clock.time_ms([Item(fail)])
+    assert torch.cuda.current_stream().query()
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_times_come_in_the_order_of_the_work(cuda_clock):
     a = torch.zeros(4096, 4096, device="cuda")
     one, four = Item(lambda: a @ a), Item(lambda: [a @ a for _ in range(4)])
@@ -267,4 +401,7 @@ def test_a_clock_for_another_gpu_leaves_the_current_one():
     clock, item = CudaClock(other), Item(lambda: a @ a)
     clock.warm_up([item])
     assert clock.time_ms([item])[0] > 0
+    start = clock.mark()
+    item()
+    assert clock.elapsed_ms(start, clock.mark(), item) > 0
     assert torch.cuda.current_device() == current

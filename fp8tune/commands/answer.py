@@ -47,10 +47,17 @@ class Screen:
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a command, for people and for programs."""
+    """The result of a command, for people and for programs.
+
+    Attributes:
+        lines: for people.
+        data: for programs, as docs/schema describes it.
+        interrupted: Ctrl-C ended it, and this is what there was by then.
+    """
 
     lines: Sequence[str]
     data: dict[str, Any]
+    interrupted: bool = False
 
 
 def require_runs(path: str, min_speedup: float) -> list[Run]:

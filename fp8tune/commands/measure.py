@@ -18,13 +18,20 @@ from fp8tune.errors import ConfigError
 from fp8tune.measure import measure
 from fp8tune.memory import is_out_of_memory
 from fp8tune.recipes import Recipe, get_recipe
-from fp8tune.records import Layer, Sample, Shape, Signature
+from fp8tune.records import (
+    Decision,
+    Layer,
+    Measurement,
+    Sample,
+    Shape,
+    Signature,
+)
 from fp8tune.report import measurement_line
 
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["answer"]
+__all__ = ["answer", "decide_alone", "lone_sample"]
 
 
 def answer(
@@ -41,21 +48,13 @@ def answer(
     config = TuneConfig(
         min_speedup=arguments.min_speedup, max_seconds=arguments.max_seconds
     )
-    sample = _sample(arguments, recipe, device)
+    sizes = arguments.m, arguments.k, arguments.n
+    sample = lone_sample(sizes, recipe, device, bias=arguments.bias)
     options = {} if arguments.compiled else None
     measured = measure(sample, recipe, clock or clock_for(device), config, options)
     if measured.failure is not None:
         raise NoEntryError(measurement_line(measured, config))
-    layer = Layer(
-        "",
-        arguments.k,
-        arguments.n,
-        recipe.reference,
-        True,
-        None,
-        ((sample.signature, 1),),
-    )
-    (decision,) = decide([layer], [measured], [recipe.name], config)
+    decision = decide_alone(measured, config)
     emulated = " (emulated: no times of float8 hardware)" if recipe.emulated else ""
     text = measurement_line(measured, config) + emulated
     verdict = decision.recipe or "high precision"
@@ -73,37 +72,55 @@ def answer(
     return Answer(lines, data)
 
 
-def _sample(
-    arguments: argparse.Namespace, recipe: Recipe, device: torch.device
+def decide_alone(measured: Measurement, config: TuneConfig) -> Decision:
+    """What becomes of a model that is one Linear with this measurement."""
+    signature = measured.signature
+    shape = signature.shape
+    calls = ((signature, 1),)
+    layer = Layer("", shape.k, shape.n, shape.weight_dtype, True, None, calls)
+    (decision,) = decide([layer], [measured], [measured.recipe], config)
+    return decision
+
+
+def lone_sample(
+    sizes: tuple[int, int, int],
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    bias: bool = False,
 ) -> Sample:
-    linear = _linear(arguments, recipe, device)
+    """A Linear of its own, to be timed on random numbers.
+
+    Args:
+        sizes: M, K, N.
+        recipe: what it will be timed with; its reference is the dtype.
+        device: where it is made.
+        bias: whether it has one.
+
+    Raises:
+        ConfigError: the recipe does not take the shape.
+        NoEntryError: the weight does not fit into memory.
+    """
+    m, k, n = sizes
+    linear = _linear(k, n, recipe, device, bias=bias)
     reason = recipe.supports(linear)
     if reason:
-        raise ConfigError(
-            f"{recipe.name} does not take K={arguments.k} N={arguments.n}: "
-            f"{reason.sentence}"
-        )
+        raise ConfigError(f"{recipe.name} does not take K={k} N={n}: {reason.sentence}")
     dtype = recipe.reference
-    shape = Shape(
-        arguments.m, arguments.k, arguments.n, dtype, dtype, None, arguments.bias
-    )
-    signature = Signature(
-        shape, grad_input=True, grad_weight=True, grad_bias=arguments.bias
-    )
+    shape = Shape(m, k, n, dtype, dtype, None, bias)
+    signature = Signature(shape, grad_input=True, grad_weight=True, grad_bias=bias)
     return Sample(signature, linear, None, None)
 
 
 def _linear(
-    arguments: argparse.Namespace, recipe: Recipe, device: torch.device
+    k: int, n: int, recipe: Recipe, device: torch.device, *, bias: bool
 ) -> nn.Linear:
     dtype: torch.dtype = getattr(torch, recipe.reference)
-    sizes = arguments.k, arguments.n
     try:
-        return nn.Linear(*sizes, bias=arguments.bias, device=device, dtype=dtype)
+        return nn.Linear(k, n, bias=bias, device=device, dtype=dtype)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise NoEntryError(
-            f"a weight of {arguments.n} x {arguments.k} does not fit into the memory "
-            f"of {device}"
+            f"a weight of {n} x {k} does not fit into the memory of {device}"
         ) from None

@@ -1,0 +1,291 @@
+"""The policies that choose what to convert, and how far each is from the best plan."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from itertools import product
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from fp8tune.auto import AutoFloat8
+from fp8tune.bench.race import COMPILE, PlanNames, Race, model_of
+from fp8tune.config import Context, TuneConfig
+from fp8tune.dynamo import compile_without_limit
+from fp8tune.intervals import Interval, speedup_interval
+from fp8tune.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import nn
+
+    from fp8tune.bench.workloads import Workload
+    from fp8tune.clock import Clock
+    from fp8tune.recipes import Recipe
+
+__all__ = ["FP8TUNE", "Choice", "Outcome", "Row", "Setting", "compare_policies", "tune"]
+
+logger = logging.getLogger("fp8tune")
+
+REFERENCE, ALL, STATIC = "all reference", "all converted", "torchao's static filter"
+FP8TUNE, ALONE, CONTEXT = "fp8tune", "  layers alone", "  layers in context"
+ORACLE = "oracle"
+
+# 2**6 plans are as many as compile in minutes.
+_MOST_GROUPS = 6
+_CONFIDENCE = 0.95
+# More than the warmup and the trial of the default TuneConfig take.
+_MOST_STEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a comparison is made with.
+
+    Attributes:
+        recipe: what Linears are converted to.
+        device: where.
+        clock: what times.
+        compiled: as torch.compile makes it, or eagerly.
+        max_seconds: of the race between plans, compilation apart.
+        max_compile_seconds: of compiling and warming up plans for the oracle.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    clock: Clock
+    compiled: bool
+    max_seconds: float
+    max_compile_seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one policy came to.
+
+    Attributes:
+        policy: its name.
+        converted: the Linears that it converts.
+        step_ms: median of forward + backward of the block.
+        speedup: time of all reference / its own.
+        regret: its time / that of the oracle, or None where there is no oracle.
+        peak_bytes: most memory that a step allocates at a time; None on a CPU.
+        tuning_s: seconds until its plan was there, where it had to be measured.
+        warm_up_s: seconds of those that compiled and warmed up single Linears.
+        steps: training steps that tuning took.
+    """
+
+    policy: str
+    converted: tuple[str, ...]
+    step_ms: float
+    speedup: Interval
+    regret: Interval | None
+    peak_bytes: int | None
+    tuning_s: float | None
+    warm_up_s: float | None
+    steps: int | None
+
+
+@dataclass
+class Outcome:
+    """All policies on one workload.
+
+    Attributes:
+        workload: what ran.
+        linears: K and N of each Linear.
+        rounds: how often each plan was timed.
+        plans: how many plans the oracle chose from.
+        rows: one per policy.
+        notes: what is missing, and why.
+    """
+
+    workload: Workload
+    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rounds: int = 0
+    plans: int = 0
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, and what finding it took, where it had to be measured."""
+
+    plan: PlanNames
+    seconds: float | None = None
+    warm_up_s: float | None = None
+    steps: int | None = None
+
+
+def compare_policies(workload: Workload, setting: Setting) -> Outcome:
+    """Let each policy choose, then time all that they chose, interleaved.
+
+    Out of memory is noted in the outcome, which then has no rows.
+    """
+    outcome = Outcome(workload)
+    try:
+        with compile_without_limit():
+            _compare(outcome, setting)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        outcome.rows.clear()
+        outcome.notes.append("out of memory")
+    return outcome
+
+
+def _compare(outcome: Outcome, setting: Setting) -> None:
+    race = Race(
+        outcome.workload,
+        setting.recipe,
+        setting.device,
+        setting.clock,
+        compiled=setting.compiled,
+    )
+    linears, notes = race.linears, outcome.notes
+    outcome.linears = {x: (y.in_features, y.out_features) for x, y in linears.items()}
+    choices = _static_choices(linears, setting.recipe, notes)
+    for policy, config in _configs(setting).items():
+        choices[policy] = tune(
+            outcome.workload,
+            setting.recipe,
+            setting.device,
+            setting.clock,
+            config,
+            compiled=setting.compiled,
+        )
+    possible = _all_plans(linears, choices[ALL].plan)
+    if not possible:
+        notes.append(f"no oracle: more than {_MOST_GROUPS} groups of equal Linears")
+    columns = race.run(
+        [x.plan for x in choices.values()],
+        possible,
+        max_seconds=setting.max_seconds,
+        max_compile_seconds=setting.max_compile_seconds,
+    )
+    outcome.rounds, outcome.plans = len(columns[PlanNames()]), len(columns)
+    missing = sum(x not in columns for x in possible)
+    if missing:
+        notes.append(f"{missing} plans were not compiled in time for the oracle")
+    best = min(columns, key=lambda x: median(columns[x])) if possible else None
+    if best is not None:
+        choices[ORACLE] = Choice(best)
+    outcome.rows = [
+        _row(policy, choice, columns, best, race.peak_bytes(choice.plan))
+        for policy, choice in choices.items()
+    ]
+
+
+def _static_choices(
+    linears: dict[str, nn.Linear], recipe: Recipe, notes: list[str]
+) -> dict[str, Choice]:
+    possible = [name for name, x in linears.items() if recipe.supports(x) is None]
+    choices = {REFERENCE: Choice(PlanNames()), ALL: Choice(PlanNames(possible))}
+    if getattr(recipe, "has_static_filter", False):
+        kept = [x for x in possible if recipe.static_filter(linears[x]) is None]
+        choices[STATIC] = Choice(PlanNames(kept))
+    else:
+        notes.append(f"torchao's static filter has no thresholds for {recipe.name}")
+    return choices
+
+
+def _configs(setting: Setting) -> dict[str, TuneConfig]:
+    """The default, and in compiled mode what it would be without trials."""
+    if not setting.compiled:
+        return {FP8TUNE: TuneConfig()}
+    return {
+        ALONE: TuneConfig(trial_steps=0),
+        CONTEXT: TuneConfig(trial_steps=0, context=Context.NORM_ACT),
+        FP8TUNE: TuneConfig(),
+    }
+
+
+def _all_plans(linears: dict[str, nn.Linear], possible: PlanNames) -> list[PlanNames]:
+    """Every plan that treats Linears of one K and N alike; none if they are too many."""
+    groups: dict[tuple[int, int], set[str]] = {}
+    for name in sorted(possible):
+        linear = linears[name]
+        shape = linear.in_features, linear.out_features
+        groups.setdefault(shape, set()).add(name)
+    if len(groups) > _MOST_GROUPS:
+        return []
+    switches = product((False, True), repeat=len(groups))
+    return [
+        PlanNames().union(
+            *(x for x, on in zip(groups.values(), bits, strict=True) if on)
+        )
+        for bits in switches
+    ]
+
+
+class _Stopwatch:
+    """A clock that also counts what warming up takes."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.warm_up_s = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._clock, name)
+
+    def warm_up(self, work: Any) -> None:
+        started = self._clock.now()
+        self._clock.warm_up(work)
+        self.warm_up_s += self._clock.now() - started
+
+
+def tune(
+    workload: Workload,
+    recipe: Recipe,
+    device: torch.device,
+    clock: Clock,
+    config: TuneConfig,
+    *,
+    compiled: bool,
+) -> Choice:
+    """What AutoFloat8 chooses, as a user gets it."""
+    model = model_of(workload, recipe, device)
+    stopwatch: Any = _Stopwatch(clock)
+    started, steps = clock.now(), 0
+    auto = AutoFloat8(
+        model,
+        recipe=recipe,
+        compile=COMPILE if compiled else False,
+        config=config,
+        clock=stopwatch,
+    )
+    while not auto.frozen and steps < _MOST_STEPS:
+        auto().backward(model.grad_output)
+        auto.zero_grad()
+        steps += 1
+    plan = auto.freeze()
+    seconds = clock.now() - started
+    return Choice(PlanNames(plan.float8_fqns), seconds, stopwatch.warm_up_s, steps)
+
+
+def _row(
+    policy: str,
+    choice: Choice,
+    columns: dict[PlanNames, tuple[float, ...]],
+    best: PlanNames | None,
+    peak: int | None,
+) -> Row:
+    own, reference = columns[choice.plan], columns[PlanNames()]
+    return Row(
+        policy.strip(),
+        tuple(sorted(choice.plan)),
+        median(own),
+        _ratio(reference, own),
+        None if best is None else _ratio(own, columns[best]),
+        peak,
+        choice.seconds,
+        choice.warm_up_s,
+        choice.steps,
+    )
+
+
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> Interval:
+    pairs = zip(slow, fast, strict=True)
+    return speedup_interval([a / b for a, b in pairs], _CONFIDENCE)

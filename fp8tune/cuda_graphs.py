@@ -1,0 +1,39 @@
+"""Why single Linears are timed without CUDA graphs, whatever the model runs under.
+
+A graph saves the CPU the launches, which the clock leaves out anyway; the kernels are the
+same. But around one Linear it would cost what it does not cost inside a model: a copy of
+the input and of the output gradient into the graph's own memory with each replay. And
+graph trees belong to the whole process: another function that is recorded may overwrite
+outputs that the user still holds, and ``torch.compiler.cudagraph_mark_step_begin()``,
+once called, ends torch's own counting of iterations for good, on which a training loop
+relies that never calls it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["without_cuda_graphs"]
+
+_INDUCTOR = "inductor"
+# The backend that records what it otherwise runs as this one does.
+_BACKENDS = {"cudagraphs": "aot_eager"}
+
+
+def without_cuda_graphs(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keyword arguments of torch.compile, CUDA graphs apart.
+
+    Args:
+        options: not changed. Whatever else ``mode`` stands for is kept, as ``options``,
+            beside which torch.compile takes no mode.
+    """
+    # Slow to import. Public in spite of its name: torch.compile's documentation has it.
+    from torch._inductor import list_mode_options  # noqa: PLC0415
+
+    backend = options.get("backend", _INDUCTOR)
+    if backend != _INDUCTOR:
+        replaced = _BACKENDS.get(backend) if isinstance(backend, str) else None
+        return {**options, "backend": replaced or backend}
+    given = options.get("options") or {}
+    mode = list_mode_options(options.get("mode") or "default")
+    kept = {name: x for name, x in options.items() if name != "mode"}
+    return {**kept, "options": {**mode, **given, "triton.cudagraphs": False}}
