@@ -12,6 +12,8 @@ relies that never calls it.
 from collections.abc import Mapping
 from typing import Any
 
+from fp8tune.inductor import spelled_out
+
 __all__ = ["without_cuda_graphs"]
 
 _INDUCTOR = "inductor"
@@ -23,17 +25,11 @@ def without_cuda_graphs(options: Mapping[str, Any]) -> dict[str, Any]:
     """The same keyword arguments of torch.compile, CUDA graphs apart.
 
     Args:
-        options: not changed. Whatever else ``mode`` stands for is kept, as ``options``,
-            beside which torch.compile takes no mode.
+        options: not changed. Whatever else ``mode`` stands for is kept.
     """
-    # Slow to import. Public in spite of its name: torch.compile's documentation has it.
-    from torch._inductor import list_mode_options  # noqa: PLC0415
-
     backend = options.get("backend", _INDUCTOR)
     if backend != _INDUCTOR:
         replaced = _BACKENDS.get(backend) if isinstance(backend, str) else None
         return {**options, "backend": replaced or backend}
-    given = options.get("options") or {}
-    mode = list_mode_options(options.get("mode") or "default")
-    kept = {name: x for name, x in options.items() if name != "mode"}
-    return {**kept, "options": {**mode, **given, "triton.cudagraphs": False}}
+    plain = spelled_out(options)
+    return {**plain, "options": {**plain["options"], "triton.cudagraphs": False}}
