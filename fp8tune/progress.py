@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["Progress", "heard", "time_left"]
+__all__ = ["Progress", "log_level", "time_left"]
 
 logger = logging.getLogger("fp8tune")
 
@@ -86,11 +86,11 @@ class Progress:
 
 
 @contextmanager
-def heard() -> Generator[None]:
-    """For commands: a bar on a terminal, unless the user chose a level for the log."""
+def log_level(level: int) -> Generator[None]:
+    """For commands: fp8tune's logger at a level, unless the user chose one."""
     before = logger.level
     if before == logging.NOTSET:
-        logger.setLevel(logging.INFO)
+        logger.setLevel(level)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from fp8tune.config import Context, TuneConfig
 from fp8tune.dynamo import compile_without_limit
 from fp8tune.intervals import Interval, speedup_interval
 from fp8tune.memory import is_out_of_memory
+from fp8tune.progress import log_level
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from fp8tune.recipes import Recipe
 
 __all__ = ["FP8TUNE", "Choice", "Outcome", "Row", "Setting", "compare_policies", "tune"]
-
-logger = logging.getLogger("fp8tune")
 
 REFERENCE, ALL, STATIC = "all reference", "all converted", "torchao's static filter"
 FP8TUNE, ALONE, CONTEXT = "fp8tune", "  layers alone", "  layers in context"
@@ -126,7 +125,8 @@ def compare_policies(workload: Workload, setting: Setting) -> Outcome:
     """
     outcome = Outcome(workload)
     try:
-        with compile_without_limit():
+        # That nothing is worth converting is an outcome here, and no reason to warn.
+        with compile_without_limit(), log_level(logging.ERROR):
             _compare(outcome, setting)
     except Exception as error:
         if not is_out_of_memory(error):

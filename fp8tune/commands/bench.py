@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from fp8tune.columns import paragraph
 from fp8tune.commands.answer import Answer, Screen
 from fp8tune.commands.device import pick_device
 from fp8tune.environment import describe_environment
-from fp8tune.progress import Progress, heard
+from fp8tune.progress import Progress, log_level
 from fp8tune.recipes import get_recipe
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _run_workloads(
         workloads = [scaled_down(x) for x in workloads]
     if arguments.m is not None:
         workloads = list(dict.fromkeys(replace(x, m=arguments.m) for x in workloads))
-    with heard():
+    with log_level(logging.INFO):
         progress = Progress(len(workloads))
     with progress as bar:
         for workload in workloads:

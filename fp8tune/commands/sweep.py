@@ -7,6 +7,7 @@ N, reference time / recipe time in the cells.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from itertools import product
@@ -25,7 +26,7 @@ from fp8tune.config import Timing, TuneConfig
 from fp8tune.environment import describe_environment
 from fp8tune.errors import ConfigError
 from fp8tune.measure import measure
-from fp8tune.progress import Progress, heard
+from fp8tune.progress import Progress, log_level
 from fp8tune.recipes import Recipe, get_recipe
 from fp8tune.records import Reason
 
@@ -109,7 +110,7 @@ class _Sweep:
         """The cells of a grid of M, K and N, until Ctrl-C."""
         sizes = list(product(*grid))
         try:
-            with heard(), Progress(len(sizes)) as bar:
+            with log_level(logging.INFO), Progress(len(sizes)) as bar:
                 for m, k, n in sizes:
                     bar.begin(f"M={m} K={k} N={n}")
                     cell, line = self._time(m, k, n)
