@@ -16,7 +16,6 @@ from fp8tune.bench.suite import Findings, GpuSuite
 from fp8tune.bench.workloads import WORKLOADS, find_workloads, scaled_down
 from fp8tune.cli import main
 from fp8tune.clock import CpuClock
-from fp8tune.errors import ConfigError
 from fp8tune.recipes import get_recipe
 
 CPU = torch.device("cpu")
@@ -74,6 +73,12 @@ def test_scaled_down_keeps_the_proportions(workload):
     for name, (k, n) in shapes(small).items():
         assert k % 16 == n % 16 == 0
         assert k * full[name][1] == n * full[name][0]
+
+
+def setting_of(**changes):
+    common = {"recipe": get_recipe("bf16", CPU), "device": CPU, "clock": CpuClock()}
+    times = {"max_seconds": 1, "max_compile_seconds": 60}
+    return Setting(**{**common, **times, "compiled": True, **changes})
 
 
 def bench(*arguments, clock=None, recipe="bf16", capsys):
@@ -155,14 +160,7 @@ def test_compiled_it_also_shows_what_layers_alone_would_choose(monkeypatch):
     # Inductor takes seconds for each plan.
     monkeypatch.setitem(race.COMPILE, "backend", "eager")
     (workload,) = find_workloads(["torchtitan-debug"])
-    setting = Setting(
-        recipe=get_recipe("bf16", CPU),
-        device=CPU,
-        clock=CpuClock(),
-        compiled=True,
-        max_seconds=0.1,
-        max_compile_seconds=60,
-    )
+    setting = setting_of(max_seconds=0.1)
     outcome = compare_policies(scaled_down(workload), setting)
     rows = {x.policy: x for x in outcome.rows}
     assert {"layers alone", "layers in context", "fp8tune"} < set(rows)
@@ -235,14 +233,7 @@ def test_the_gpu_suite_skips_what_does_not_fit_into_ten_minutes(monkeypatch):
     monkeypatch.setattr("fp8tune.bench.suite.clock_agreement", lambda _: [record])
     monkeypatch.setattr("fp8tune.bench.suite.compare_policies", compared)
     monkeypatch.setattr("fp8tune.bench.suite.tuning_cost", lambda *_: {"cold": {}})
-    setting = Setting(
-        recipe=get_recipe("bf16", CPU),
-        device=torch.device("cuda"),
-        clock=CpuClock(),
-        compiled=True,
-        max_seconds=1,
-        max_compile_seconds=60,
-    )
+    setting = setting_of(device=torch.device("cuda"))
     found, saved = Findings(), []
     suite = GpuSuite(setting, found, lambda: saved.append(1), now=lambda: seconds[0])
     suite.run()
@@ -265,14 +256,7 @@ def test_a_part_of_the_gpu_suite_that_fails_does_not_end_the_others(monkeypatch)
     monkeypatch.setattr("fp8tune.bench.suite.clock_agreement", fails)
     monkeypatch.setattr("fp8tune.bench.suite.tuning_cost", fails)
     monkeypatch.setattr("fp8tune.bench.suite.compare_policies", lambda x, _: x.label)
-    setting = Setting(
-        recipe=get_recipe("bf16", CPU),
-        device=torch.device("cuda"),
-        clock=CpuClock(),
-        compiled=True,
-        max_seconds=1,
-        max_compile_seconds=60,
-    )
+    setting = setting_of(device=torch.device("cuda"))
     found = Findings()
     GpuSuite(setting, found, lambda: None).run()
     assert len(found.outcomes) == len(WORKLOADS)
@@ -283,13 +267,8 @@ def test_a_part_of_the_gpu_suite_that_fails_does_not_end_the_others(monkeypatch)
 
 
 def test_plans_that_are_not_compiled_in_time_are_not_the_oracles(scripted_clock):
-    setting = Setting(
-        recipe=get_recipe("bf16", CPU),
-        device=CPU,
-        clock=scripted_clock(attention_keys_lose),
-        compiled=False,
-        max_seconds=1,
-        max_compile_seconds=0,
+    setting = setting_of(
+        clock=scripted_clock(attention_keys_lose), compiled=False, max_compile_seconds=0
     )
     (workload,) = find_workloads(["llama3-8b@2048"])
     outcome = compare_policies(scaled_down(workload), setting)
@@ -314,28 +293,8 @@ def test_the_suite_of_costs_is_a_command(monkeypatch, capsys):
 
 def test_without_groups_that_are_few_there_is_no_oracle(scripted_clock, monkeypatch):
     monkeypatch.setattr("fp8tune.bench.policies._MOST_GROUPS", 2)
-    setting = Setting(
-        recipe=get_recipe("bf16", CPU),
-        device=CPU,
-        clock=scripted_clock(attention_keys_lose),
-        compiled=False,
-        max_seconds=1,
-        max_compile_seconds=60,
-    )
+    setting = setting_of(clock=scripted_clock(attention_keys_lose), compiled=False)
     (workload,) = find_workloads(["llama3-8b@2048"])
     outcome = compare_policies(scaled_down(workload), setting)
     assert "no oracle: more than 2 groups of equal Linears" in outcome.notes
     assert [x.regret for x in outcome.rows] == [None] * 3
-
-
-def test_a_setting_of_the_suite_says_which_device_it_has():
-    setting = Setting(
-        recipe=get_recipe("bf16", CPU),
-        device=CPU,
-        clock=CpuClock(),
-        compiled=True,
-        max_seconds=1,
-        max_compile_seconds=60,
-    )
-    with pytest.raises(ConfigError, match="the device is cpu"):
-        GpuSuite(setting, Findings(), lambda: None)

@@ -10,8 +10,12 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "examples" / "train_llama.py")
@@ -96,6 +100,15 @@ def test_a_recipe_that_nobody_knows() -> None:
     assert done.stdout == ""
 
 
+@pytest.fixture
+def heeded_ctrl_c() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored, children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_ctrl_c")
 @pytest.mark.timeout(160)
 @pytest.mark.parametrize("line", ["candidates for bf16", "[1/4]"])
 def test_ctrl_c(line: str, tmp_path: Path) -> None:
