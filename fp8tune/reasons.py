@@ -18,6 +18,7 @@ class Reason(StrEnum):
     MORE_MEMORY = "more_memory"
     FASTER_IN_TRAINING = "faster_in_training"
     SLOWER_IN_TRAINING = "slower_in_training"
+    UNCLEAR_IN_TRAINING = "unclear_in_training"
     FILTERED_BY_NAME = "filtered_by_name"
     NOT_DIVISIBLE_BY_16 = "not_divisible_by_16"
     NOT_DIVISIBLE_BY_32 = "not_divisible_by_32"
@@ -45,6 +46,8 @@ _SENTENCES = {
     Reason.NO_CLEAR_DIFFERENCE: "the interval of its speedup holds the threshold",
     Reason.FASTER_IN_TRAINING: "training steps were faster with it converted",
     Reason.SLOWER_IN_TRAINING: "training steps were faster without converting it",
+    Reason.UNCLEAR_IN_TRAINING: "training steps took as long without converting it, as "
+    "far as can be told",
     Reason.ACCURACY: "it is fast enough, but less accurate than min_sqnr_db allows",
     Reason.NOT_THE_FASTEST: "another recipe is faster",
     Reason.LESS_ACCURATE: "another recipe is as fast, as far as can be told, and more "

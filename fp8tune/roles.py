@@ -55,25 +55,27 @@ def after_trial(plan: Plan, trial: TrialRecord) -> Plan:
 
     Layers that were timed and that the winner does not convert stay in high precision.
     """
-    won = frozenset(trial.converted)
-    decisions = [_overruled(x, x.fqn in won, plan.recipe) for x in plan.decisions]
+    won, unclear = frozenset(trial.converted), frozenset(trial.unclear)
+    decisions = [
+        _converted(x, plan.recipe) if x.fqn in won else _left(x, x.fqn in unclear)
+        for x in plan.decisions
+    ]
     return replace(plan, decisions=tuple(decisions), trials=trial.results)
 
 
-def _overruled(decision: Decision, converted: bool, recipe: str) -> Decision:
-    was = decision.verdict is Verdict.FLOAT8
-    if decision.speedup is None or converted == was:
+def _converted(decision: Decision, recipe: str) -> Decision:
+    if decision.verdict is Verdict.FLOAT8:
         return decision
-    if converted:
-        return replace(
-            decision,
-            verdict=Verdict.FLOAT8,
-            reason=Reason.FASTER_IN_TRAINING,
-            recipe=decision.nearest or recipe,
-        )
     return replace(
         decision,
-        verdict=Verdict.REFERENCE,
-        reason=Reason.SLOWER_IN_TRAINING,
-        recipe=None,
+        verdict=Verdict.FLOAT8,
+        reason=Reason.FASTER_IN_TRAINING,
+        recipe=decision.nearest or recipe,
     )
+
+
+def _left(decision: Decision, unclear: bool) -> Decision:
+    if decision.verdict is Verdict.REFERENCE:
+        return decision
+    reason = Reason.UNCLEAR_IN_TRAINING if unclear else Reason.SLOWER_IN_TRAINING
+    return replace(decision, verdict=Verdict.REFERENCE, reason=reason, recipe=None)

@@ -196,6 +196,16 @@ class Tournament:
         return bool(ratios) and self._speedup(plan, self._leader).low > 1
 
     @property
+    def unclear(self) -> TrialPlan:
+        """Roles that the best plan leaves out, though it is not clearly faster for it."""
+        rivals = [
+            x
+            for x in self._timed()
+            if self._ratios(x, self.best) and self._speedup(x, self.best).low <= 1
+        ]
+        return TrialPlan().union(*rivals) - self.best
+
+    @property
     def lost_ms(self) -> float:
         """What training lost to plans slower than the best, in counted steps.
 

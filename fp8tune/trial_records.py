@@ -32,7 +32,15 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """How a trial ended: the layers that the winner converts, and all results."""
+    """How a trial ended.
+
+    Attributes:
+        converted: the layers that the winner converts.
+        unclear: those that it does not convert, though some plan that does was not
+            clearly slower.
+        results: of all plans.
+    """
 
     converted: tuple[str, ...]
+    unclear: tuple[str, ...]
     results: tuple[TrialResult, ...]

@@ -114,6 +114,7 @@ class TrialRun:
         self._compiled.close()
         record = TrialRecord(
             tuple(fqn for role in best for fqn in role.fqns),
+            tuple(fqn for role in self._tournament.unclear for fqn in role.fqns),
             self._tournament.results(self._trial.peaks),
         )
         plan = after_trial(self._proposed, record)

@@ -58,7 +58,7 @@ def test_run_1_tunes_in_torchtitans_trainer(folder: Path) -> None:
     assert {x.split(".", 2)[-1] for x in plan.float8_fqns} == set(CONVERTED)
     assert plan["lm_head"].verdict is Verdict.REFERENCE
     assert {x.shape.m for x, _ in plan["layers.0.feed_forward.w1"].signatures} == {64}
-    assert plan.timing == "compiled"
+    assert plan.timing.startswith("compiled")
     # All candidates run in float8 while they are watched, the plan's from then on.
     assert names_of(steps[0], "Float8Linear") == [x.fqn for x in timed]
     assert names_of(steps[-1], "Float8Linear") == plan.float8_fqns

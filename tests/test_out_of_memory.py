@@ -164,10 +164,12 @@ def test_memory_may_stay_full_from_any_allocation_on() -> None:
 
 @pytest.mark.usefixtures("many_freezes")
 def test_any_allocation_of_the_second_try_may_fail_too() -> None:
-    first = freeze({0})
-    assert len(first.failed) == 1
-    for k in range(1, first.allocations, 5):
-        assert len(freeze({0, k}).failed) == 2
+    # How many there are differs from run to run, since warming up takes 3 calls or more.
+    for k in itertools.count(1, 5):
+        failed = freeze({0, k}).failed
+        if len(failed) == 1:
+            break
+    assert k > 100
 
 
 def test_both_layers_run_out_of_memory_that_stays_full() -> None:
@@ -188,7 +190,10 @@ def linear_sample() -> Sample:
 
 def test_the_second_try_has_the_room_of_the_captured_tensors(
     scripted_clock: type,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # A record at DEBUG holds the error, which holds the tensors.
+    caplog.set_level(logging.WARNING, "fp8tune")
     captured: list[weakref.ref[torch.Tensor]] = []
     alive: list[list[bool]] = []
 

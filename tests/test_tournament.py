@@ -83,8 +83,16 @@ def test_never_slower_than_high_precision_whatever_the_noise() -> None:
 
 
 def test_among_equal_plans_the_one_with_fewer_layers_wins() -> None:
-    cost = gains(wq=10, wk=0, w1=0, w2=0)
-    assert run(cost, plan("wq", "wk", "w1", "w2"), noise=0.02).best == plan("wq")
+    cost = gains(wq=10, wk=0, w1=0, w2=-20)
+    ended = run(cost, plan("wq", "wk", "w1", "w2"), noise=0.02)
+    assert ended.best == plan("wq")
+    assert ended.unclear == plan("wk", "w1")
+
+
+def test_what_is_clearly_slower_is_not_called_unclear() -> None:
+    ended = run(gains(wq=10, wk=-5, w1=8, w2=-6), plan("wq", "w1"))
+    assert ended.best == plan("wq", "w1")
+    assert ended.unclear == plan()
 
 
 @pytest.mark.parametrize("start", [(), NAMES, ("wq", "w1")])

@@ -126,6 +126,22 @@ def test_a_layer_that_loses_alone_can_win_in_the_step(scripted_clock: type) -> N
     assert auto.plan["layers.0.wq"].reason is Reason.SLOWER
 
 
+def test_what_makes_no_difference_in_the_step_is_left_and_called_unclear(
+    scripted_clock: type,
+) -> None:
+    auto = auto_of(
+        scripted_clock(
+            all_faster,
+            lambda names: 100.0 - sum(10 for x in names if not x.endswith("wq")),
+        )
+    )
+    train(auto)
+    decision = auto.plan["layers.1.wq"]
+    assert decision.reason is Reason.UNCLEAR_IN_TRAINING
+    assert decision.recipe is None
+    assert "as long without converting it" in decision.reason.sentence
+
+
 def test_nothing_converted_wins_where_every_plan_is_slower(
     scripted_clock: type,
 ) -> None:

@@ -4,7 +4,7 @@
 
 Recipe bf16, real clocks, no cache. Each model is tuned ten times in each mode: eager,
 compiled by per-layer timing alone, and compiled with the default trial. The layers that
-any tuning reports as "no clear difference" may end either way and are listed apart. Of
+any tuning reports as "no clear difference", alone or in training, may end either way and are listed apart. Of
 the others a flip is a verdict that differs from that of most tunings of the layer.
 
 Modes can be named behind the file, as ``eager trial``; the default is all.
@@ -123,7 +123,8 @@ def counted(plans: list[Plan]) -> dict[str, object]:
 
 
 def is_unclear(decision: Decision) -> bool:
-    return decision.reason is Reason.NO_CLEAR_DIFFERENCE
+    unclear = (Reason.NO_CLEAR_DIFFERENCE, Reason.UNCLEAR_IN_TRAINING)
+    return decision.reason in unclear
 
 
 def flips_of(decisions: list[Decision]) -> int:
