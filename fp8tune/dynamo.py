@@ -1,8 +1,10 @@
 """Dynamo's cache while trial plans are compiled side by side."""
 
+import functools
 import importlib
 import types
-from collections.abc import Callable, Generator
+import weakref
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -60,11 +62,14 @@ class CompiledPlans:
         self._emptied = 0
         self._raise_limits(_FAR_AWAY)
         self.count = 0
-        self._hook = _on_compilation(self._note)
+        note = weakref.WeakMethod(self._note)
+        hook = _on_compilation(functools.partial(_call, note))
+        # Also where a trial is given up with its model and never ends.
+        self._stop = weakref.finalize(self, _stop, hook, dict(self._limits))
+        self._stop.atexit = False
 
     def _raise_limits(self, by: int) -> None:
-        for name, limit in self._limits.items():
-            setattr(_config(), name, limit + by)
+        _set_limits({name: limit + by for name, limit in self._limits.items()})
 
     def _note(self, code: types.CodeType, compiled: types.CodeType) -> None:
         self.count += 1
@@ -86,9 +91,25 @@ class CompiledPlans:
 
     def close(self) -> None:
         """Stop watching; leave room for as many entries as the user had."""
-        if self._hook is not None:
-            self._hook.remove()
+        self._stop()
         self._raise_limits(self._emptied)
+
+
+def _call(method: weakref.WeakMethod[Callable[..., None]], *arguments: Any) -> None:
+    found = method()
+    if found is not None:
+        found(*arguments)
+
+
+def _stop(hook: RemovableHandle | None, limits: Mapping[str, int]) -> None:
+    if hook is not None:
+        hook.remove()
+    _set_limits(limits)
+
+
+def _set_limits(limits: Mapping[str, int]) -> None:
+    for name, limit in limits.items():
+        setattr(_config(), name, limit)
 
 
 def _on_compilation(note: Callable[[Any, Any], None]) -> RemovableHandle | None:

@@ -50,20 +50,14 @@ def measure(
     trace: Callable[[Work, Work], None] | None = None,
 ) -> Measurement:
     """Time one signature with one recipe; see ``measure_all``."""
-    (result,) = measure_all(
-        sample,
-        [recipe],
-        clock,
-        config,
-        compile_options,
-        release=release,
-        trace=trace,
-    )
-    return result
+    take, candidates = lambda: sample, [recipe]
+    return measure_all(
+        take, candidates, clock, config, compile_options, release=release, trace=trace
+    )[0]
 
 
 def measure_all(
-    sample: Sample,
+    take: Callable[[], Sample],
     recipes: Sequence[Recipe],
     clock: Clock,
     config: TuneConfig,
@@ -75,7 +69,8 @@ def measure_all(
     """Time one signature; never raises for what happens inside the timed work.
 
     Args:
-        sample: the signature and the tensors it was seen with.
+        take: returns the signature with the tensors it was seen with; a sample that
+            was passed in would be held by the caller's frame when memory ran out.
         recipes: the candidates, timed in the same rounds.
         clock: what times the work.
         config: ``min_speedup``, ``confidence``, ``max_samples``, ``max_seconds`` and
@@ -96,11 +91,11 @@ def measure_all(
         race = _Race(sample, recipes, clock, config, compile_options)
         return {x.recipe: x for x in race.run(trace)}
 
+    sample = take()
     results = attempt(sample, recipes)
     again = [x for x in recipes if results[x.name].failure is Reason.OUT_OF_MEMORY]
     if again:
         release()
-        # What it holds is part of what did not fit.
         sample = Sample(sample.signature, sample.linear, None, None)
         _free_memory()
         results |= attempt(sample, again)

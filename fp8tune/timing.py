@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +62,7 @@ def time_signatures(
         for signature, recipes in wanted.items():
             bar.begin(report.describe_signature(signature))
             measurements = measure_all(
-                capture.sample(signature),
+                partial(capture.sample, signature),
                 recipes,
                 clock,
                 config,

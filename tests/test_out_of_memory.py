@@ -210,7 +210,7 @@ def test_the_second_try_has_the_room_of_the_captured_tensors(
         return 1.0
 
     clock = scripted_clock(fail_once)
-    (result,) = measure_all(sample(), [BF16], clock, CONFIG)
+    (result,) = measure_all(sample, [BF16], clock, CONFIG)
     assert result.failure is None
     assert alive[0] == [True, True]
     assert alive[-1] == [False, False]

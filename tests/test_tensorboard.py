@@ -427,6 +427,7 @@ def test_the_graph_of_the_model_is_the_same_with_a_log(tmp_path, scripted_clock)
             **options,
         )
         train(auto, 8)
+        auto.freeze()
         return [text for text in texts if "relu" in text]
 
     assert graphs(tensorboard=tmp_path) == graphs() != []

@@ -324,6 +324,22 @@ def test_the_last_line_says_what_the_trial_cost(
     assert "were lost to slower plans" in last
 
 
+def test_a_trial_that_is_given_up_leaves_nothing(scripted_clock: type) -> None:
+    limit = torch._dynamo.config.recompile_limit
+    auto = auto_of(scripted_clock(all_faster, without("wq")), timing="eager")
+    for _ in range(5):
+        step(auto)
+    assert auto.phase == "trial"
+    assert torch._dynamo.config.recompile_limit > limit
+    with Count() as count:
+        step(auto)
+        assert count.codes
+        del auto
+        torch._dynamo.reset()
+        assert count.alive == 0
+    assert torch._dynamo.config.recompile_limit == limit
+
+
 def test_the_end_of_backward_is_after_every_gradient() -> None:
     """Fails loudly when torch moves what at_end_of_backward asks."""
     weight = torch.ones(1, requires_grad=True)
