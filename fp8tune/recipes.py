@@ -43,8 +43,9 @@ class Recipe(Protocol):
             cache hold for equal settings only.
         emulated: whether the device lacks the GEMMs, so that only numerics are real.
 
-    A recipe may also have ``inductor_settings`` (see ``fp8tune.inductor``) and ``casts``
-    (see ``fp8tune.casts``).
+    A recipe may also have ``inductor_settings`` (see ``fp8tune.inductor``), ``casts`` (see
+    ``fp8tune.casts``) and ``has_static_filter``: True if its ``static_filter`` has
+    thresholds of torchao's, so that tables compare with them.
     """
 
     name: str

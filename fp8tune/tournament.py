@@ -1,9 +1,10 @@
 """Which trial plan makes the training step fastest. Pure statistics; imports no torch.
 
 A trial plan converts some roles and not others. In each round every plan of the field
-runs one training step, in an order in which each follows each of the others equally often,
-so that neither drift nor what the step before left in the caches falls on one. Times are compared within a round, after 8, 16 and 32 rounds that two
-plans have in common.
+runs one training step, in an order in which each follows each of the others equally
+often, so that neither drift nor what the step before left in the caches falls on one.
+Times are compared within a round, after 8, 16 and 32 rounds that two plans have in
+common.
 
 The field is all reference, the *leader*, and challengers of it: the leader with one role
 flipped, those first whose own speedup was nearest to the threshold, then with a whole

@@ -95,7 +95,7 @@ def test_cpu_work_runs_in_order_with_one_time_each():
 
 @pytest.mark.parametrize(
     "slow_ms",
-    [(), (60,), (60, 20), (80, 20, 8), (60, 0, 20)],
+    [(), (60,), (60, 20), (120, 40, 8), (60, 0, 20)],
     ids=["none", "compiling", "two", "three", "autotuning later"],
 )
 def test_warming_up_goes_on_until_the_work_is_as_fast_as_it_gets(slow_ms):

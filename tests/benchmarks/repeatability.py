@@ -4,8 +4,9 @@
 
 Recipe bf16, real clocks, no cache. Each model is tuned ten times in each mode: eager,
 compiled by per-layer timing alone, and compiled with the default trial. The layers that
-any tuning reports as "no clear difference", alone or in training, may end either way and are listed apart. Of
-the others a flip is a verdict that differs from that of most tunings of the layer.
+any tuning reports as "no clear difference", alone or in training, may end either way and
+are listed apart. Of the others a flip is a verdict that differs from that of most tunings
+of the layer.
 
 Modes can be named behind the file, as ``eager trial``; the default is all.
 """
@@ -25,6 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fp8tune import AutoFloat8, Reason, TuneConfig
+from fp8tune.bench.blocks import Block
+from fp8tune.bench.workloads import find_workloads, scaled_down
 from fp8tune.environment import describe_environment
 
 if TYPE_CHECKING:
@@ -42,29 +45,14 @@ MODES = {
 }
 
 
-class LlamaBlock(nn.Module):
+class LlamaBlock(Block):
     """Llama3-8B's block with every width divided by 8, for 128 rows."""
 
-    shape = (1, 128, 512)
-
     def __init__(self) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.RMSNorm(512), nn.RMSNorm(512)
-        self.wq, self.wo = (nn.Linear(512, 512, bias=False) for _ in range(2))
-        self.wk, self.wv = (nn.Linear(512, 128, bias=False) for _ in range(2))
-        self.w1, self.w3 = (nn.Linear(512, 1792, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(1792, 512, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm_1(x)
-        q, k, v = (
-            w(y).unflatten(-1, (-1, 16)).transpose(1, 2)
-            for w in (self.wq, self.wk, self.wv)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.wo(y.transpose(1, 2).flatten(2))
-        y = self.norm_2(x)
-        return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
+        (full,) = find_workloads(["llama3-8b@8192"])
+        small = scaled_down(full)
+        super().__init__(small)
+        self.shape = (1, small.m, small.dim)
 
 
 class MixedSizes(nn.Module):
