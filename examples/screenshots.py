@@ -3,7 +3,8 @@
 Run ``python examples/screenshots.py``. It needs the extra "plot" and the program chromium
 (Debian: ``apt install chromium``), trains the small Llama of examples/train_llama.py on
 this machine, and writes next to the documentation. What is to be seen is measured here
-and now, so the numbers differ from machine to machine.
+and now, so the numbers differ from machine to machine; on a busy one the script refuses.
+Beside the pictures pictures.json says how busy it was.
 """
 
 import argparse
@@ -32,6 +33,7 @@ _OPTIONS = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-quic",
     "--no-first-run",
     "--hide-scrollbars",
     "--disable-background-networking",
@@ -245,12 +247,51 @@ TABS = {
 }
 
 
-def train(folder: str, steps: int, output: Path) -> None:
-    """Train the small Llama with a log in the folder, and plot its plan."""
+# Shares of a second: what a free machine spends on others, with room for its services.
+MOST_BUSY = 0.1
+
+
+def busy_share(seconds: float = 2.0) -> float:
+    """Share of the cores' time that other processes use, as /proc/stat counts it."""
+
+    def read() -> tuple[int, int]:
+        words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+        ticks = [int(word) for word in words[1:9]]
+        return sum(ticks), ticks[3] + ticks[4]  # all, idle and waiting for a disk
+
+    before, idle_before = read()
+    time.sleep(seconds)
+    after, idle_after = read()
+    return 1 - (idle_after - idle_before) / max(after - before, 1)
+
+
+def refuse_under_load() -> float:
+    """The share that others use; ends the program where it is no free machine."""
+    share = busy_share()
+    if share > MOST_BUSY:
+        sys.exit(
+            f"the machine is busy: other processes use {share:.0%} of its cores, and "
+            "pictures of times would show that; run this on an idle machine"
+        )
+    return share
+
+
+def note(output: Path, shares: list[float], plan: Any) -> None:
+    """Write beside the pictures under which load they were taken."""
+    environment = dict(plan.environment)
+    steady = max(shares) <= MOST_BUSY
+    sidecar = {"steady": steady, "busy_shares": shares, "environment": environment}
+    text = json.dumps(sidecar, indent=1) + "\n"
+    (output / "pictures.json").write_text(text, encoding="utf-8")
+
+
+def train(folder: str, steps: int, output: Path) -> Any:
+    """Train the small Llama with a log in the folder, plot its plan and return it."""
     import torch  # noqa: PLC0415 - so that a browser alone needs no torch
     from train_llama import CPU_SIZES, Llama, Trainer  # noqa: PLC0415
 
-    from fp8tune import AutoFloat8, TuneConfig, plot  # noqa: PLC0415
+    from fp8tune import AutoFloat8, TuneConfig  # noqa: PLC0415
+    from fp8tune.report import plot  # noqa: PLC0415
 
     torch.manual_seed(0)
     # More time than usual, for pictures that show something on a busy machine too.
@@ -262,6 +303,18 @@ def train(folder: str, steps: int, output: Path) -> None:
         plan.environment, plan.recipe, plan.timing, emulated=plan.emulated
     )
     plot.save(plot.picture(plan.decisions, plan.decisions, title), output)
+    auto.report().to_html("report.html")
+    return plan
+
+
+def take_page(browser: Browser, output: Path) -> None:
+    """The page of one file, in light and in dark colours."""
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.call("Emulation.setEmulatedMedia", features=[feature])
+        browser.show(Path("report.html").absolute().as_uri(), words=["layers in"])
+        browser.screenshot(output / f"page-{scheme}.png")
+        print(f"wrote {output / f'page-{scheme}.png'}")
 
 
 def main() -> int:
@@ -272,9 +325,11 @@ def main() -> int:
     arguments = parser.parse_args()
     output: Path = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    before = refuse_under_load()
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
         folder = "runs/llama"  # TensorBoard shows the name
-        train(folder, arguments.steps, output / "plot.png")
+        plan = train(folder, arguments.steps, output / "plot.png")
+        note(output, [before, refuse_under_load()], plan)
         with TensorBoard(folder) as board, Browser() as browser:
             for name, (tab, words, images) in TABS.items():
                 browser.show(f"{board.url}/{tab}", words=words, images=images)
@@ -282,6 +337,7 @@ def main() -> int:
                     browser.evaluate(_ACTUAL_SIZE)
                 browser.screenshot(output / f"tensorboard-{name}.png")
                 print(f"wrote {output / f'tensorboard-{name}.png'}")
+            take_page(browser, output)
     return 0
 
 

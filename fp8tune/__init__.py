@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from fp8tune.auto import AutoFloat8
     from fp8tune.config import (
         Objective,
+        OnQuality,
         OnShapeChange,
         StaticFilter,
         Timing,
         TuneConfig,
     )
+    from fp8tune.decision.reasons import Reason
+    from fp8tune.decision.records import Decision, Signature, Verdict
     from fp8tune.errors import (
         AlreadyCompiledError,
         CacheError,
@@ -37,10 +40,11 @@ if TYPE_CHECKING:
         RankMismatchError,
         UnknownRecipeError,
     )
-    from fp8tune.phases import Phase
-    from fp8tune.plan import Plan
-    from fp8tune.recipes import Recipe, get_recipe, recipe_names, register_recipe
-    from fp8tune.records import Decision, Reason, Signature, Verdict
+    from fp8tune.plan.plan import Plan
+    from fp8tune.recipes.recipe import Recipe
+    from fp8tune.recipes.registry import get_recipe, recipe_names, register_recipe
+    from fp8tune.tuner.ahead import plan_ahead
+    from fp8tune.tuner.phases import Phase
 
 __version__ = "0.1.0"
 
@@ -50,27 +54,29 @@ _HOMES = {
     "CacheError": "errors",
     "CompiledTooEarlyError": "errors",
     "ConfigError": "errors",
-    "Decision": "records",
+    "Decision": "decision.records",
     "ExportError": "errors",
     "Fp8TuneError": "errors",
     "MissingPackageError": "errors",
     "ModelError": "errors",
     "Objective": "config",
+    "OnQuality": "config",
     "OnShapeChange": "config",
-    "Phase": "phases",
+    "Phase": "tuner.phases",
     "PhaseError": "errors",
     "Plan": "plan",
     "PlanMismatchError": "errors",
     "RankMismatchError": "errors",
-    "Reason": "reasons",
+    "Reason": "decision.reasons",
     "Recipe": "recipes",
-    "Signature": "records",
+    "Signature": "decision.records",
     "StaticFilter": "config",
     "Timing": "config",
     "TuneConfig": "config",
     "UnknownRecipeError": "errors",
-    "Verdict": "records",
+    "Verdict": "decision.records",
     "get_recipe": "recipes",
+    "plan_ahead": "tuner.ahead",
     "recipe_names": "recipes",
     "register_recipe": "recipes",
 }
@@ -87,6 +93,7 @@ __all__ = [
     "MissingPackageError",
     "ModelError",
     "Objective",
+    "OnQuality",
     "OnShapeChange",
     "Phase",
     "PhaseError",
@@ -102,6 +109,7 @@ __all__ = [
     "UnknownRecipeError",
     "Verdict",
     "get_recipe",
+    "plan_ahead",
     "recipe_names",
     "register_recipe",
 ]

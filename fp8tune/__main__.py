@@ -2,7 +2,7 @@
 
 import sys
 
-from fp8tune.cli import main
+from fp8tune.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,30 +1,39 @@
 """AutoFloat8: wrap a model, train it, and get float8 where it is faster."""
 
+import logging
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
-from fp8tune.checks import check_arguments, check_model
-from fp8tune.clock import Clock
-from fp8tune.compiling import Compile
+from fp8tune.compiling.apply import Compile
 from fp8tune.config import TuneConfig
-from fp8tune.convert import reverted
-from fp8tune.options import Options
-from fp8tune.phases import Phase
-from fp8tune.plan import Plan
-from fp8tune.ranks import Ranks
-from fp8tune.recipes import resolve_recipes
-from fp8tune.tensorboard import Report, open_writer, watch_steps
-from fp8tune.tuner import Tuner
-from fp8tune.wrapper import SameKeys
+from fp8tune.model.wrapper import SameKeys
+from fp8tune.plan.plan import Plan
+from fp8tune.ranks.group import Ranks
+from fp8tune.recipes.registry import resolve_recipes
+from fp8tune.report.messages import own_names_line
+from fp8tune.report.report import Report
+from fp8tune.report.step_log import watch_steps
+from fp8tune.report.tensorboard import open_writer
+from fp8tune.timing.clock import Clock
+from fp8tune.tuner.checks import check_arguments, check_model
+from fp8tune.tuner.options import Options
+from fp8tune.tuner.phases import Phase
+from fp8tune.tuner.resuming import ResumableTuner
+from fp8tune.tuner.settled import Settled
+from fp8tune.tuner.watched import WatchedTuner
 
 __all__ = ["AutoFloat8"]
 
 _DEFAULTS = TuneConfig()
+
+# Every module has these.
+_OF_MODULES = frozenset(dir(nn.Module))
 
 
 class AutoFloat8(SameKeys):
@@ -38,14 +47,18 @@ class AutoFloat8(SameKeys):
         recipe: "rowwise", "tensorwise", "rowwise_with_gw_hp", "bf16", the name of a
             registered recipe, a torchao Float8LinearConfig, or a Recipe; a sequence of
             them, of which each layer gets the best for it and with whose first it runs
-            during warmup; or "auto", every recipe that the device runs natively.
+            during warmup; or "auto", every recipe that the device runs natively. None,
+            the default, is the given plan's recipe, or else "rowwise".
         warmup_steps: training steps (a forward with gradients, then its backward) that
-            are watched before the decision; at least 1.
+            are watched before the decision. 0 decides before the first training forward,
+            which then runs compiled, by a dry run on fake tensors and timings on random
+            numbers; the first forward with gradients is then a collective.
         filter_fqns: a Linear whose name contains one of these stays as it is.
         compile: False, True, a dict of torch.compile options, or a callable that takes
             the module and compiles it or parts of it; applied at the freeze.
-        cache: path of a JSON file that remembers timings. A run whose signatures are all
-            in it is frozen when the constructor returns.
+        cache: path of a JSON file that remembers timings, or the URL of a folder that
+            fsspec knows, as "s3://bucket/fp8tune", which many jobs may share. A run whose
+            signatures are all in it is frozen when the constructor returns.
         process_group: the ranks that hold the same layers and must end with the same
             plan; by default all. Constructing and freezing are collective in it.
         plan: the decisions of an earlier run, as after a resume: frozen at once, nothing
@@ -65,7 +78,7 @@ class AutoFloat8(SameKeys):
     def __init__(
         self,
         module: nn.Module,
-        recipe: Any = "rowwise",
+        recipe: Any = None,
         *,
         warmup_steps: int = 3,
         filter_fqns: Sequence[str] = (),
@@ -83,6 +96,7 @@ class AutoFloat8(SameKeys):
             compile=compile,
             config=config,
             plan=plan,
+            cache=cache,
         )
         device = check_model(module)
         super().__init__(module)
@@ -96,12 +110,37 @@ class AutoFloat8(SameKeys):
             ranks=Ranks(process_group),
             plan=plan,
         )
+        if recipe is None:
+            recipe = plan.recipe if plan else "rowwise"
         recipes = resolve_recipes(recipe, device)
+        hidden = [
+            x
+            for x in vars(AutoFloat8)
+            if x[0] != "_" and x not in _OF_MODULES and hasattr(module, x)
+        ]
+        if hidden and options.ranks.first:
+            line = own_names_line(type(module).__name__, hidden)
+            logging.getLogger("fp8tune").warning("%s", line)
         writer = open_writer(tensorboard) if options.ranks.first else None
-        self._tuner = Tuner(module, device, recipes, options)
+        # Not by attribute assignment, which would set it on the model.
+        self.__dict__["_tuner"] = WatchedTuner(module, device, recipes, options)
         if writer is not None:
             owned = writer is not tensorboard
             watch_steps(self, self._tuner, writer, close=owned)
+
+    _tuner: ResumableTuner | Settled
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> Self:
+        super()._apply(fn, recurse)
+        self._tuner.moved()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have a plan or none, and are not tuned."""
+        settled = Settled.of(self._tuner, self.module)
+        return {**super().__getstate__(), "_tuner": settled}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, compiled once the plan is frozen."""
@@ -135,6 +174,55 @@ class AutoFloat8(SameKeys):
         """
         return self._tuner.freeze()
 
+    def abandon(self) -> None:
+        """Give the model back in high precision, in any phase, with nothing of ours on it.
+
+        Parts that ``compile`` compiled in place run eagerly again. Does nothing the
+        second time.
+        """
+        self._tuner.abandon()
+
+    def retune(self) -> None:
+        """Begin a new warmup at the next step, as after layers were frozen or unfrozen.
+
+        What was timed before is not timed again; collective, and to be called between
+        two training steps.
+
+        Raises:
+            PhaseError: a forward pass waits for its backward, or the model is compiled.
+        """
+        self._tuner.retune()
+
+    def tuning_state(self) -> dict[str, Any]:
+        """How far tuning has come, for a checkpoint; no tensors.
+
+        Returns:
+            What JSON can hold: ``phase``; in warmup ``seen``, the training steps and each
+            layer's calls; in the trial and after it ``plan``, and of the trial the steps
+            that it timed.
+        """
+        return self._tuner.state_dict()
+
+    def load_tuning_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``tuning_state`` returned, before the first training step.
+
+        Layers whose tensors no step of this process shows are timed on random numbers.
+
+        Args:
+            state: of the same model with the same arguments, the same on every rank.
+
+        Raises:
+            PhaseError: training has begun, or the plan is frozen.
+            PlanMismatchError: the state is that of another model.
+            CacheError: the state is damaged.
+        """
+        self._tuner.load_state_dict(state)
+
+    @property
+    def tuner(self) -> ResumableTuner | Settled:
+        """What tunes, for models that have a ``freeze`` or ``plan`` of their own."""
+        return self._tuner
+
     def trial(self, training_step: Callable[[], object]) -> Plan:
         """Tune in steps of one's own, for those who prefer an explicit call.
 
@@ -154,12 +242,14 @@ class AutoFloat8(SameKeys):
         """The table of decisions, or how far tuning has come.
 
         Returns:
-            Text; its method ``to_tensorboard(writer)`` writes the same and pictures.
+            Text; its methods ``to_html(path)``, ``to_tensorboard(writer)`` and
+            ``log_to(run)`` write the same and pictures.
         """
-        return Report.of(self._tuner.status(), self._tuner.plan)
+        tuner = self._tuner
+        return Report.of(tuner.status(), tuner.subject, tuner.plan)
 
     @contextmanager
     def reference(self) -> Generator[None]:
         """Inside the block every layer runs in high precision, as for an evaluation."""
-        with reverted(self._tuner.conversions):
+        with self._tuner.reference():
             yield

@@ -7,16 +7,27 @@ from enum import StrEnum
 from typing import Literal
 
 from fp8tune.errors import ConfigError
-from fp8tune.intervals import FIRST_LOOK
 
 __all__ = [
+    "FIRST_LOOK",
+    "MOST_SAMPLES",
     "Context",
     "Objective",
+    "OnQuality",
     "OnShapeChange",
     "StaticFilter",
     "Timing",
     "TuneConfig",
+    "Warmup",
 ]
+
+
+# 8 pairs are the fewest whose extremes bound the median with 99%, which is what 95%
+# over five looks asks for: 2 * (1/2)**8 = 0.8%.
+FIRST_LOOK = 8
+
+# Far more than any verdict needs, and what a cache may hold of one signature.
+MOST_SAMPLES = 4096
 
 
 class StaticFilter(StrEnum):
@@ -47,6 +58,21 @@ class OnShapeChange(StrEnum):
     RETUNE = "retune"
     WARN = "warn"
     RAISE = "raise"
+
+
+class OnQuality(StrEnum):
+    """What to do with a layer whose accuracy fell below ``min_sqnr_db`` in training."""
+
+    WARN = "warn"
+    REVERT = "revert"
+
+
+class Warmup(StrEnum):
+    """What candidates run as until they are timed."""
+
+    AUTO = "auto"
+    CONVERTED = "converted"
+    REFERENCE = "reference"
 
 
 class Objective(StrEnum):
@@ -81,9 +107,14 @@ class TuneConfig:
         min_sqnr_db: a recipe is rejected for a layer if the SQNR of its output or of one
             of its gradients against float32 is below this many dB, or not known. None
             rejects none.
+        watch_every: training steps after which the accuracy of converted layers is
+            measured again, on the running batch, once the plan is frozen; needs
+            ``min_sqnr_db``. 0, the default, never does.
+        on_quality: what happens when it falls below ``min_sqnr_db``: "warn" says so,
+            "revert" also takes the layer back to high precision, in place.
         confidence: probability, between 0 and 1, that the interval around a speedup
             holds the true median; it is kept over all looks at the growing samples.
-        max_samples: pairs of timings per signature at most.
+        max_samples: pairs of timings per signature at most; 8 to 4,096.
         max_seconds: seconds of timing per signature at most, compilation apart; the
             eight pairs without which nothing can be said are always taken.
         capture_bytes: bytes of activations and gradients that may be kept for timing.
@@ -93,8 +124,20 @@ class TuneConfig:
         trial_steps: training steps that may be spent on trying whole plans after the
             layers were timed. "auto" means 400 if ``compile`` is given to AutoFloat8, else
             0; 0 means none.
+        warmup: what candidates run as until they are timed. "converted" is the float8 run
+            from the first step; "reference" keeps high precision, which needs less memory
+            as long as the model is not compiled. "auto" is "converted", or "reference" on
+            a single GPU where the first forward would not fit by its shapes.
+        float8_all_gather: whether FSDP2 gathers the weights of layers in float8 that are
+            converted with a tensorwise recipe. "auto" tries it in the trial, where there
+            is one, unless the recipe is a torchao config that asks for it; True does it
+            from the freeze on, False never.
+        trial_seconds: seconds in forward and backward that trying whole plans may take,
+            compiling them included; the first three plans are compiled all the same.
         profile_dir: folder for a profiler trace of each signature that is timed, as
             TensorBoard's profiler plugin and Perfetto read it; None records none.
+        html: path of a page that the first rank writes when the plan freezes; None
+            writes none.
 
     Raises:
         ConfigError: a value is of the wrong kind or out of its range.
@@ -107,13 +150,19 @@ class TuneConfig:
     min_speedup: float = 1.0
     objective: Objective = Objective.TIME
     min_sqnr_db: float | None = None
+    watch_every: int = 0
+    on_quality: OnQuality = OnQuality.WARN
     confidence: float = 0.95
     max_samples: int = 128
     max_seconds: float = 1.0
     capture_bytes: int | None = None
     on_shape_change: OnShapeChange = OnShapeChange.RETUNE
     trial_steps: int | Literal["auto"] = "auto"
+    warmup: Warmup = Warmup.AUTO
+    float8_all_gather: bool | Literal["auto"] = "auto"
+    trial_seconds: float = 600.0
     profile_dir: str | os.PathLike[str] | None = None
+    html: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _to_enum(self, "static_filter", StaticFilter)
@@ -121,16 +170,27 @@ class TuneConfig:
         _to_enum(self, "context", Context)
         _to_enum(self, "on_shape_change", OnShapeChange)
         _to_enum(self, "objective", Objective)
+        _to_enum(self, "warmup", Warmup)
+        _to_enum(self, "on_quality", OnQuality)
         speedup, confidence = self.min_speedup, self.confidence
         _require(self, "min_speedup", _is_number(speedup) and speedup > 0, "above 0")
         inside = _is_number(confidence) and 0 < confidence < 1
         _require(self, "confidence", inside, "between 0 and 1")
         samples, seconds = self.max_samples, self.max_seconds
-        enough = _is_int(samples) and samples >= FIRST_LOOK
-        _require(self, "max_samples", enough, f">= {FIRST_LOOK}")
+        fits = _is_int(samples) and FIRST_LOOK <= samples <= MOST_SAMPLES
+        expected = f"{FIRST_LOOK} to {MOST_SAMPLES:,}"
+        _require(self, "max_samples", fits, expected)
         sqnr = self.min_sqnr_db
         fits = sqnr is None or _is_number(sqnr)
         _require(self, "min_sqnr_db", fits, "None, or a number of dB")
+        steps = self.watch_every
+        counted = _is_int(steps) and not isinstance(steps, bool) and steps >= 0
+        _require(self, "watch_every", counted, "0, or a number of steps")
+        if steps and sqnr is None:
+            raise ConfigError(
+                f"watch_every is {steps}, and min_sqnr_db is None, so there is nothing "
+                "to watch for; set min_sqnr_db to the least SQNR in dB, such as 20"
+            )
         is_bool = self.include_output_layer in (True, False)
         _require(self, "include_output_layer", is_bool, "True or False")
         positive = _is_number(seconds) and seconds > 0
@@ -138,11 +198,19 @@ class TuneConfig:
         steps = self.trial_steps
         counted = steps == "auto" or (_is_int(steps) and steps >= 0)
         _require(self, "trial_steps", counted, "'auto', or 0 and more")
+        gather = self.float8_all_gather
+        known = gather in ("auto", True, False)
+        _require(self, "float8_all_gather", known, "'auto', True or False")
+        trial = self.trial_seconds
+        positive = _is_number(trial) and trial > 0
+        _require(self, "trial_seconds", positive, "above 0 seconds")
         size = self.capture_bytes
         fits = size is None or (_is_int(size) and size >= 0)
         _require(self, "capture_bytes", fits, "None, or 0 bytes and more")
         is_path = self.profile_dir is None or _is_path(self.profile_dir)
         _require(self, "profile_dir", is_path, "None, or the path of a folder")
+        is_path = self.html is None or _is_path(self.html)
+        _require(self, "html", is_path, "None, or the path of a file")
 
 
 def _is_path(value: object) -> bool:

@@ -33,6 +33,7 @@ __all__ = [
     "PlanMismatchError",
     "RankMismatchError",
     "UnknownRecipeError",
+    "in_short",
 ]
 
 
@@ -86,3 +87,9 @@ class PhaseError(Fp8TuneError, RuntimeError):
 
 class CompiledTooEarlyError(Fp8TuneError, RuntimeError):
     """The model was called under ``torch.compile`` while it was still being tuned."""
+
+
+def in_short(error: Exception) -> str:
+    """The kind of an error, and what it says first, to be quoted in another."""
+    first_line = str(error).strip().split("\n", 1)[0].rstrip(".")
+    return f"{type(error).__name__}: {first_line}"

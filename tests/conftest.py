@@ -6,22 +6,29 @@ import math
 import multiprocessing
 import os
 import uuid
+import weakref
 from collections import Counter
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from fp8tune.cache import Cache, Key
-from fp8tune.records import Layer, Measurement, Reason, Shape, Signature
+from fp8tune.decision.reasons import Reason
+from fp8tune.decision.records import Layer, Measurement, Signature
+from fp8tune.recipes import registry
+from fp8tune.store.cache import Cache, Key
+from fp8tune.trial.search import Role
+from fp8tune.tuner import ending
+from tests.helpers import load_example, signature, tried
+from tests.simulated_gpu import SimulatedGpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from fp8tune.clock import Work
-    from fp8tune.tournament import TrialPlan
+    from fp8tune.timing.clock import Work
+    from fp8tune.trial.search import TrialPlan
 
     Script = Callable[[Signature, str], float]
     StepScript = Callable[[set[str]], float]
@@ -66,6 +73,39 @@ class ScriptedClock:
         return self._steps({role.name for role in what})
 
 
+class WorkingClock(ScriptedClock):
+    """A scripted clock that does run what it warms up, so that accuracy is measured."""
+
+    def warm_up(self, work: Sequence[Work]) -> None:
+        super().warm_up(work)
+        for item in work:
+            item()
+
+
+@pytest.fixture(autouse=True)
+def _no_late_words(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test leaves untuned is not said in the log of another."""
+    made: list[weakref.finalize[..., Any]] = []
+
+    def noted(*arguments: Any) -> None:
+        made.append(weakref.finalize(*arguments))
+
+    monkeypatch.setattr(ending, "finalize", noted)
+    yield
+    for finalizer in made:
+        finalizer.detach()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, as examples/screenshots.py drives it."""
+    screenshots = load_example("screenshots")
+    if screenshots.CHROMIUM is None:
+        pytest.skip("there is no program chromium here (Debian: apt install chromium)")
+    with screenshots.Browser() as browser:
+        yield browser
+
+
 @pytest.fixture(scope="session")
 def scripted_clock() -> type[ScriptedClock]:
     return ScriptedClock
@@ -73,6 +113,11 @@ def scripted_clock() -> type[ScriptedClock]:
 
 def _refuse(signature: Signature, variant: str) -> float:
     raise AssertionError(f"{variant} of {signature} was timed")
+
+
+@pytest.fixture(scope="session")
+def working_clock() -> type[WorkingClock]:
+    return WorkingClock
 
 
 @pytest.fixture
@@ -168,11 +213,6 @@ _SIZES = {
 }
 
 
-def _called_with(m: int, k: int, n: int) -> Signature:
-    shape = Shape(m, k, n, "bfloat16", "bfloat16", None, bias=False)
-    return Signature(shape, grad_input=True, grad_weight=True, grad_bias=False)
-
-
 def _llama_layers(rows: int, blocks: int) -> tuple[Layer, ...]:
     layers = [
         Layer(
@@ -182,9 +222,9 @@ def _llama_layers(rows: int, blocks: int) -> tuple[Layer, ...]:
             "bfloat16",
             True,
             None,
-            ((_called_with(17, k, n), 1), (_called_with(rows, k, n), 12))
+            ((signature(17, k, n), 1), (signature(rows, k, n), 12))
             if name == "attention.wo"
-            else ((_called_with(rows, k, n), 12),),
+            else ((signature(rows, k, n), 12),),
         )
         for i in range(blocks)
         for name, (k, n) in _SIZES.items()
@@ -221,3 +261,62 @@ def llama_cache(tmp_path: Path) -> Path:
         timed = [_timed(signature, gain, recorded) for signature in called]
         Cache(path).save(key, layers, timed)
     return path
+
+
+# What converting each role saves a training step: by its own timing, and in the step.
+_SAVED = {
+    "attention.wq": (3.0, 3.5),
+    "attention.wk": (-1.0, 1.5),
+    "attention.wv": (-1.0, 1.25),
+    "attention.wo": (2.0, -4.0),
+    "feed_forward.w1": (8.0, 7.0),
+    "feed_forward.w2": (8.0, 9.0),
+    "feed_forward.w3": (8.0, 7.0),
+}
+
+
+@pytest.fixture
+def tried_cache(llama_cache: Path) -> Path:
+    """tried.json, beside llama.json, holds a run of two blocks with a trial."""
+    path = llama_cache.with_name("tried.json")
+    environment = (("device", "Imaginary 1000"), ("torch", "2.13.0"))
+    key = Key(environment, "rowwise", "rowwise, emulate=False", "compiled")
+    layers = _llama_layers(2048, 2)
+    called = sorted({signature for x in layers for signature, _ in x.calls})
+    roles = tuple(
+        Role(
+            name=f"layers.{{}}.{name}",
+            fqns=tuple(f"layers.{i}.{name}" for i in range(2)),
+            family="" if name.endswith(("wo", "w2")) else name.split(".")[0],
+            gain_ms=alone,
+            spread_ms=0.25,
+        )
+        for name, (alone, _) in _SAVED.items()
+    )
+    trial = tried(roles, tuple(saved for _, saved in _SAVED.values()))
+    timed = [_timed(x, 1.1, "2026-03-01") for x in called]
+    Cache(path).save(key, layers, timed, trial)
+    return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads on two busy cores mostly wait for each other at barriers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of recipes that forgets what the test registers."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
+    """torch.cuda is a simulation with one device; see tests/simulated_gpu.py."""
+    simulated = SimulatedGpu()
+    simulated.install(monkeypatch)
+    return simulated

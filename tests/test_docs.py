@@ -3,13 +3,18 @@
 import ast
 import contextlib
 import io
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fp8tune import recipes
-from fp8tune.intervals import looks, speedup_interval
+import fp8tune
+import fp8tune.recipes
+from fp8tune.decision.intervals import looks, speedup_interval
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -112,11 +117,30 @@ def fragments():
     ]
 
 
+def messages():
+    """The longest fixed part of each message of tuning that does not get on."""
+    for name in ("stuck", "moved"):
+        path = ROOT / "fp8tune" / "report" / f"{name}.py"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign | ast.Return):
+                parts = re.split(r"\0|{\w+}", text_of(node.value))
+                longest = max(parts, key=len).strip(" ;,.")
+                if len(longest) > 20:
+                    yield pytest.param(longest, id=longest[:40])
+
+
+@pytest.mark.parametrize("message", list(messages()))
+def test_a_message_has_an_entry_in_troubleshooting(message):
+    text = " ".join((DOCS / "troubleshooting.md").read_text(encoding="utf-8").split())
+    beginning = " ".join(message.split()[:4]).rstrip(",")
+    assert beginning in text
+
+
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, own_registry):
     """A temporary folder, and a registry that forgets what is registered."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipes, "_REGISTRY", dict(recipes._REGISTRY))
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -159,6 +183,76 @@ def test_quoted_messages_are_in_the_source(fragment, texts):
 
 def test_the_quotes_were_found():
     assert len(fragments()) > 50
+
+
+def documented():
+    """What the reference describes, by its full name."""
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    return re.findall(r"^\.\. auto(?:class|function|exception):: (\S+)$", text, re.M)
+
+
+def test_every_public_name_is_in_the_reference():
+    public = {f"fp8tune.{name}" for name in fp8tune.__all__}
+    public |= {
+        f"fp8tune.recipes.{name}"
+        for name in fp8tune.recipes.__all__
+        if name not in fp8tune.__all__
+    }
+    assert public <= set(documented())
+    assert len(documented()) == len(set(documented()))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built as `make docs` does; a warning ends it."""
+    pytest.importorskip("sphinx", reason='needs pip install "fp8tune[docs]"')
+    folder = tmp_path_factory.mktemp("site")
+    options = ["--fail-on-warning", "--keep-going", "--quiet", "--fresh-env"]
+    run = subprocess.run(  # noqa: S603 - builds the documentation
+        [sys.executable, "-m", "sphinx", *options, "docs", str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_site_builds_without_a_warning(site):
+    reference = (site / "reference.html").read_text(encoding="utf-8")
+    for name in documented():
+        assert f'id="{name}"' in reference
+    assert (site / "searchindex.js").exists()
+    pages = {x.relative_to(DOCS).with_suffix(".html") for x in DOCS.rglob("*.md")}
+    assert {x for x in pages if not (site / x).exists()} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_search_of_the_site_finds(site, browser):
+    url = (site / "search.html").as_uri()
+    browser.show(f"{url}?q=min_sqnr_db", words=["Search finished"])
+    results = "[...document.querySelectorAll('#search-results a')].map(x => x.href)"
+    found = browser.evaluate(results)
+    assert any("reference.html" in x for x in found)
+
+
+def test_every_picture_is_in_the_gallery():
+    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    pictures = {x.name for x in (DOCS / "images").glob("*.png")}
+    assert pictures == set(re.findall(r"\(images/(\S+\.png)\)", text))
+
+
+def test_pictures_are_of_a_free_machine_or_the_gallery_says_that_they_are_not():
+    """examples/screenshots.py writes beside them whether the machine was steady."""
+    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    told = [json.loads(x.read_text()) for x in (DOCS / "images").glob("*.json")]
+    steady = bool(told) and all(x["steady"] is True for x in told)
+    assert steady != ("The machine was not free" in text)
 
 
 def test_the_readme_is_short():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -75,12 +76,14 @@ def test_the_second_run_finds_the_plan_of_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(160)
-def test_float8_is_emulated_on_a_cpu_and_never_kept(tmp_path: Path) -> None:
+def test_float8_is_emulated_on_a_cpu_and_it_is_said(tmp_path: Path) -> None:
     cache = str(tmp_path / "cache.json")
     # The plan freezes after the last of three steps.
     options = ("--recipe", "rowwise", "--steps", "3", "--cache", cache, "--no-compare")
     output = demo(*options)
-    assert "converted 0 of 29 Linears to rowwise (emulated)" in output
+    # Without instructions for bfloat16 the reference is slower than the emulation.
+    kept = "0" if "bf16" in Path("/proc/cpuinfo").read_text() else r"\d+"
+    assert re.search(rf"converted {kept} of 29 Linears to rowwise \(emulated\)", output)
     assert "rowwise is emulated here" in output
 
 

@@ -16,22 +16,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from fp8tune.cuda_clock import CudaClock
+from fp8tune.decision.records import Shape, Signature
 from fp8tune.errors import ConfigError
-from fp8tune.recipes import Recipe, get_recipe
-from fp8tune.records import Sample, Shape, Signature
-from fp8tune.replay import Operands, Replay
+from fp8tune.model.candidates import Sample
+from fp8tune.recipes.registry import get_recipe
+from fp8tune.timing.cuda_clock import CudaClock
+from fp8tune.timing.replay import Operands, Replay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["Agreement", "clock_agreement", "repetitions"]
+    from fp8tune.recipes.recipe import Recipe
+
+__all__ = ["Agreement", "Kernel", "clock_agreement", "queue_depth", "repetitions"]
 
 # M, K, N; the largest is w1 of Llama3-8B.
 _SHAPES = (
@@ -43,12 +46,26 @@ _SHAPES = (
 )
 _FLOAT8_SHAPE = (8192, 4096, 4096)
 # In turn with and without the profiler, so that the GPU's frequency is the same.
-_ROUNDS = 4
-_REPEATS = 16
+# Four repeats of a rowwise forward + backward, about 130 launches each, fit into the
+# driver's queue of 1,024.
+_ROUNDS = 12
+_REPEATS = 4
 _ATTEMPTS = 10
+# Far longer than launching as much as any queue holds.
+_QUEUE_BLOCK_MS = 200.0
+# The kernel behind torch.cuda._sleep.
+_BLOCKER = "spin_kernel"
 
 # Start and end in microseconds.
 Interval = tuple[float, float]
+
+
+class Kernel(NamedTuple):
+    """What the profiler saw the GPU run, or copy, or fill; times in microseconds."""
+
+    start: float
+    end: float
+    name: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,8 @@ class Agreement:
         kernel_ms: sum of the profiler's kernel times.
         span_ms: from the start of the first kernel to the end of the last.
         ratio: event_ms / span_ms.
+        kernels: launches of one forward + backward.
+        discarded: batches that the clock threw away so far.
     """
 
     m: int
@@ -76,10 +95,15 @@ class Agreement:
     kernel_ms: float
     span_ms: float
     ratio: float
+    kernels: int
+    discarded: int
 
 
-def clock_agreement(device: torch.device) -> list[Agreement]:
+def clock_agreement(device: torch.device) -> Iterator[Agreement]:
     """Compare the two on Linears of several sizes, and on a float8 one if there are GEMMs.
+
+    Yields:
+        One after the other, so that an error keeps those that were made before.
 
     Raises:
         ConfigError: not a CUDA or ROCm device.
@@ -88,7 +112,37 @@ def clock_agreement(device: torch.device) -> list[Agreement]:
     if device.type != "cuda":
         raise ConfigError(f"events are compared with kernels on a GPU, not on {device}")
     clock = CudaClock(device)
-    return [_compare(clock, work) for work in _works(device)]
+    for work in _works(device):
+        yield _compare(clock, work)
+
+
+def queue_depth(device: torch.device, most: int = 8192) -> int:
+    """How many launches the driver takes before the CPU waits for the GPU.
+
+    The GPU is kept busy for long; the launch that takes far longer than those before it
+    met a full queue.
+
+    Args:
+        device: a CUDA or ROCm device.
+        most: launches that are tried.
+
+    Returns:
+        The launches before that one, or ``most``.
+    """
+    clock = CudaClock(device)
+    with torch.cuda.device(device):
+        cell = torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
+        clock.block(_QUEUE_BLOCK_MS)
+        try:
+            for number in range(most):
+                started = clock.now()
+                cell.zero_()
+                if (clock.now() - started) * 1e3 > _QUEUE_BLOCK_MS / 10:
+                    return number
+        finally:
+            torch.cuda.synchronize(device)
+    return most
 
 
 def _works(device: torch.device) -> Iterator[Replay]:
@@ -116,9 +170,9 @@ def _compare(clock: CudaClock, work: Replay) -> Agreement:
     kernels: list[list[Interval]] = []
     for _ in range(_ROUNDS):
         events += clock.time_ms([work] * _REPEATS)
-        times, intervals = _profile(clock, work)
+        times, seen = _profile(clock, work)
         profiled += times
-        kernels += repetitions(intervals, _REPEATS)
+        kernels += repetitions(seen, _REPEATS)
     shape = work.signature.shape
     span_ms = median(x[-1][1] - x[0][0] for x in kernels) / 1e3
     return Agreement(
@@ -131,42 +185,49 @@ def _compare(clock: CudaClock, work: Replay) -> Agreement:
         median(sum(end - start for start, end in x) for x in kernels) / 1e3,
         span_ms,
         median(events) / span_ms,
+        len(kernels[0]),
+        clock.discarded,
     )
 
 
-def _profile(clock: CudaClock, work: Replay) -> tuple[list[float], list[Interval]]:
-    """Times of a batch that was not run again, and everything the GPU ran in it."""
+def _profile(clock: CudaClock, work: Replay) -> tuple[list[float], list[Kernel]]:
+    """Times of a batch without gaps, and everything the GPU ran around it."""
     for _ in range(_ATTEMPTS):
-        discarded = clock.discarded
+        with_gaps = clock.with_gaps
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
         with profile(activities=activities) as profiler:
             times = clock.time_ms([work] * _REPEATS)
-        if clock.discarded == discarded:
+        if clock.with_gaps == with_gaps:
             break
     else:
         raise RuntimeError(f"the GPU waited for the CPU in {_ATTEMPTS} profiles")
     found = [
-        (x.time_range.start, x.time_range.end)
+        Kernel(x.time_range.start, x.time_range.end, x.name)
         for x in profiler.events() or ()
         if x.device_type.name == "CUDA" and not x.is_user_annotation
     ]
     return times, sorted(found)
 
 
-def repetitions(intervals: Sequence[Interval], repeats: int) -> list[list[Interval]]:
-    """The kernels of each repetition: after one blocker, each begins with one flush.
+def repetitions(kernels: Sequence[Kernel], repeats: int) -> list[list[Interval]]:
+    """The kernels of each repetition behind the last blocker; each begins with one flush.
+
+    What ran before the last blocker belongs to batches that the clock threw away.
 
     Args:
-        intervals: of everything that the GPU ran, in order.
+        kernels: everything that the GPU ran, in order.
         repeats: how many repetitions of the same work there were.
 
     Raises:
-        RuntimeError: there are not equally many kernels for each.
+        RuntimeError: there is no blocker, or not equally many kernels for each.
     """
-    each, rest = divmod(len(intervals) - 1, repeats)
+    blockers = [i for i, x in enumerate(kernels) if _BLOCKER in x.name]
+    behind = kernels[blockers[-1] + 1 :] if blockers else ()
+    each, rest = divmod(len(behind), repeats)
     if rest or each < 2:
         raise RuntimeError(
-            f"the profiler saw {len(intervals)} kernels: no blocker followed by "
-            f"{repeats} times a flush and the same kernels"
+            f"the profiler saw {len(kernels)} kernels, {len(blockers)} of them blockers: "
+            f"no blocker followed by {repeats} times a flush and the same kernels"
         )
-    return [list(intervals[i + 1 : i + each]) for i in range(1, len(intervals), each)]
+    intervals = [(x.start, x.end) for x in behind]
+    return [intervals[i + 1 : i + each] for i in range(0, len(behind), each)]

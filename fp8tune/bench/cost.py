@@ -18,10 +18,10 @@ import torch
 
 from fp8tune.bench.policies import tune
 from fp8tune.bench.workloads import find_workloads, scaled_down
-from fp8tune.clock import clock_for
 from fp8tune.config import TuneConfig
 from fp8tune.errors import BenchError
-from fp8tune.recipes import resolve_recipe
+from fp8tune.recipes.registry import resolve_recipe
+from fp8tune.timing.clocks import clock_for
 
 __all__ = ["record_tuning", "tuning_cost"]
 

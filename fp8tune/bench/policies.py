@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from fp8tune.auto import AutoFloat8
 from fp8tune.bench.race import COMPILE, PlanNames, Race, model_of
+from fp8tune.compiling.dynamo import compile_without_limit
 from fp8tune.config import Context, TuneConfig
-from fp8tune.dynamo import compile_without_limit
-from fp8tune.intervals import Interval, speedup_interval
-from fp8tune.memory import is_out_of_memory
-from fp8tune.progress import log_level
+from fp8tune.decision.intervals import Interval, speedup_interval
+from fp8tune.model.allocation import is_out_of_memory
+from fp8tune.report.progress import log_level
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fp8tune.bench.workloads import Workload
-    from fp8tune.clock import Clock
-    from fp8tune.recipes import Recipe
+    from fp8tune.recipes.recipe import Recipe
+    from fp8tune.timing.clock import Clock
 
 __all__ = ["FP8TUNE", "Choice", "Outcome", "Row", "Setting", "compare_policies", "tune"]
 
@@ -262,7 +262,7 @@ def tune(
         steps += 1
     plan = auto.freeze()
     seconds = clock.now() - started
-    return Choice(PlanNames(plan.float8_fqns), seconds, stopwatch.warm_up_s, steps)
+    return Choice(PlanNames(plan.converted_fqns), seconds, stopwatch.warm_up_s, steps)
 
 
 def _row(

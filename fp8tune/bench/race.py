@@ -14,18 +14,18 @@ import torch
 from torch import nn
 
 from fp8tune.bench.blocks import Model
-from fp8tune.inductor import with_recipe_settings
-from fp8tune.intervals import FIRST_LOOK
-from fp8tune.linears import named_linears
-from fp8tune.memory import peak_bytes
-from fp8tune.rounds import balanced_order
+from fp8tune.compiling.inductor import with_recipe_settings
+from fp8tune.decision.intervals import FIRST_LOOK
+from fp8tune.decision.rounds import balanced_order
+from fp8tune.model.linears import named_linears
+from fp8tune.timing.memory import peak_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8tune.bench.workloads import Workload
-    from fp8tune.clock import Clock
-    from fp8tune.recipes import Recipe
+    from fp8tune.recipes.recipe import Recipe
+    from fp8tune.timing.clock import Clock
 
 __all__ = ["COMPILE", "PlanNames", "Race", "model_of"]
 
@@ -46,7 +46,7 @@ def model_of(workload: Workload, recipe: Recipe, device: torch.device) -> Model:
 
 
 class _PlanWork:
-    """One plan as work for a clock; see ``fp8tune.clock.Work``."""
+    """One plan as work for a clock; see ``fp8tune.timing.clock.Work``."""
 
     signature: Any = None
 

@@ -7,13 +7,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from fp8tune.bench.policies import FP8TUNE
-from fp8tune.columns import Column, column_lines, paragraph
+from fp8tune.report.columns import Column, column_lines, paragraph
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8tune.bench.policies import Outcome, Row, Setting
-    from fp8tune.intervals import Interval
+    from fp8tune.decision.intervals import Interval
 
 __all__ = ["outcome_data", "outcome_lines", "summary_lines"]
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8tune.config import TuneConfig
 from fp8tune.errors import Fp8TuneError
-from fp8tune.runs import load_runs
+from fp8tune.store.runs import load_runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp8tune.records import Decision
-    from fp8tune.runs import Run
+    from fp8tune.decision.records import Decision
+    from fp8tune.store.runs import Run
 
 __all__ = [
     "Answer",
@@ -25,6 +26,7 @@ __all__ = [
     "newest_run",
     "require_runs",
     "run_data",
+    "write_page",
 ]
 
 
@@ -118,18 +120,30 @@ def layer_data(decision: Decision) -> dict[str, Any]:
     shapes = [signature.shape for signature, _ in decision.signatures]
     return {
         "m": sorted({shape.m for shape in shapes}),
+        "timed_m": list(decision.timed_m),
         "k": decision.k,
         "n": decision.n,
         "verdict": str(decision.verdict),
         "recipe": decision.recipe,
         "reason": str(decision.reason),
         "reference_ms": decision.reference_ms,
-        "float8_ms": decision.float8_ms,
+        "candidate_ms": decision.candidate_ms,
         "speedup": decision.speedup,
         "speedup_low": decision.speedup_low,
         "speedup_high": decision.speedup_high,
         "samples": decision.samples,
     }
+
+
+def write_page(path: str, page: str) -> list[str]:
+    """Write a page, and say so.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = page.encode()
+    Path(path).write_bytes(data)
+    return [f"wrote {path}, {len(data) / 2**20:.1f} MiB; open it in a browser"]
 
 
 def name_of(fqn: str) -> str:

@@ -13,16 +13,18 @@ from fp8tune.bench.policies import Setting, compare_policies
 from fp8tune.bench.report import outcome_data, outcome_lines, summary_lines
 from fp8tune.bench.suite import Findings, GpuSuite
 from fp8tune.bench.workloads import find_workloads, scaled_down
-from fp8tune.clock import Clock, clock_for
-from fp8tune.columns import paragraph
 from fp8tune.commands.answer import Answer, Screen
 from fp8tune.commands.device import pick_device
-from fp8tune.environment import describe_environment
-from fp8tune.progress import Progress, log_level
-from fp8tune.recipes import get_recipe
+from fp8tune.recipes.registry import get_recipe
+from fp8tune.report.columns import paragraph
+from fp8tune.report.progress import Progress, log_level
+from fp8tune.store.environment import describe_environment
+from fp8tune.timing.clocks import clock_for
 
 if TYPE_CHECKING:
     import argparse
+
+    from fp8tune.timing.clock import Clock
 
 __all__ = ["answer"]
 

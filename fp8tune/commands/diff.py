@@ -6,7 +6,6 @@ from collections import Counter
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fp8tune.columns import Column, column_lines, paragraph
 from fp8tune.commands.answer import (
     Answer,
     Screen,
@@ -15,16 +14,19 @@ from fp8tune.commands.answer import (
     newest_run,
     require_runs,
     run_data,
+    write_page,
 )
-from fp8tune.folding import fold_names
-from fp8tune.report import speedup_words
+from fp8tune.decision.folding import fold_names
+from fp8tune.report.columns import Column, column_lines, paragraph
+from fp8tune.report.page_rows import LayerRow, PageColumn
+from fp8tune.report.table import speedup_words
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from fp8tune.records import Decision
-    from fp8tune.runs import Run
+    from fp8tune.decision.records import Decision
+    from fp8tune.store.runs import Run
 
 __all__ = ["answer"]
 
@@ -79,6 +81,26 @@ _COLUMNS = (
     Column("change"),
 )
 
+_PAGE_COLUMNS = (
+    PageColumn("layer", "name"),
+    PageColumn("M", "M", 0, True),
+    PageColumn("K", "K", 1, True),
+    PageColumn("N", "N", 2, True),
+    PageColumn("speedup in A", "speedup_a", 3, True),
+    PageColumn("speedup in B", "speedup_b", 4, True),
+    PageColumn("A", "A", 5),
+    PageColumn("B", "B", 6),
+    PageColumn("change", "change", 7),
+)
+_OUTCOMES = {
+    _Change.VERDICT: "slower",
+    _Change.FASTER: "converted",
+    _Change.SLOWER: "slower",
+    _Change.SAME: "other",
+    _Change.ONLY_A: "unclear",
+    _Change.ONLY_B: "unclear",
+}
+
 
 def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     """The layers in which the runs differ, or all of them.
@@ -96,6 +118,8 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
         "counts": dict(Counter(x.change.value for x in pairs)),
         "layers": [_pair_data(x) for x in shown],
     }
+    if arguments.html and not arguments.json:
+        return Answer(_write_page(a, b, pairs, arguments), data)
     heading = [
         f"A: {arguments.a}, run {a.number}",
         f"B: {arguments.b}, run {b.number}",
@@ -103,6 +127,18 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     ]
     lines = [line for text in heading for line in paragraph(text, screen.width)]
     return Answer([*lines, "", *_table(shown, pairs, screen)], data)
+
+
+def _write_page(
+    a: Run, b: Run, pairs: Sequence[_Pair], arguments: argparse.Namespace
+) -> list[str]:
+    from fp8tune.report.html import diff_page  # noqa: PLC0415 - jinja2 takes a while
+    from fp8tune.tuner.subject import subject_of_run  # noqa: PLC0415
+
+    in_a = subject_of_run(a, f"run {a.number} of {arguments.a}")
+    in_b = subject_of_run(b, f"run {b.number} of {arguments.b}")
+    page = diff_page(in_a, in_b, _page_rows(pairs), _PAGE_COLUMNS, _total(pairs))
+    return write_page(arguments.html, page)
 
 
 def _pick(path: str, number: int | None, min_speedup: float) -> Run:
@@ -135,10 +171,14 @@ def _pairs(a: Run, b: Run) -> list[_Pair]:
     return [_Pair(x, in_a.get(x), in_b.get(x)) for x in {**in_a, **in_b}]
 
 
-def _table(shown: Sequence[_Pair], pairs: Sequence[_Pair], screen: Screen) -> list[str]:
+def _total(pairs: Sequence[_Pair]) -> str:
     counts = Counter(pair.change for pair in pairs)
     summary = ", ".join(f"{counts[x]} {x}" for x in _Change if counts[x])
-    total = paragraph(f"{len(pairs)} Linears: {summary}", screen.width)
+    return f"{len(pairs)} Linears: {summary}"
+
+
+def _table(shown: Sequence[_Pair], pairs: Sequence[_Pair], screen: Screen) -> list[str]:
+    total = paragraph(_total(pairs), screen.width)
     if not shown:
         return total
     rows = [_cells(pair) for pair in shown]
@@ -147,6 +187,25 @@ def _table(shown: Sequence[_Pair], pairs: Sequence[_Pair], screen: Screen) -> li
         [f"{name} x{len(x)}" if len(x) > 1 else name, *rows[x[0]]] for name, x in folded
     ]
     return [*column_lines(_COLUMNS, body, screen.width), *total]
+
+
+def _page_rows(pairs: Sequence[_Pair]) -> list[LayerRow]:
+    """All layers, those that differ in nothing but numbers as one row."""
+    rows = [(_rows_of(pair), *_cells(pair)) for pair in pairs]
+    fqns = [pair.fqn for pair in pairs]
+    return [
+        LayerRow(
+            name, [fqns[i] for i in x], _OUTCOMES[pairs[x[0]].change], rows[x[0]], ()
+        )
+        for name, x in fold_names(fqns, rows)
+    ]
+
+
+def _rows_of(pair: _Pair) -> str:
+    """The M of both, or "2048 and 8192" where they differ."""
+    known = [x for x in (pair.a, pair.b) if x is not None]
+    sizes = [",".join(map(str, layer_data(x)["m"])) or "-" for x in known]
+    return " and ".join(dict.fromkeys(sizes))
 
 
 def _cells(pair: _Pair) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import fp8tune
 from fp8tune.commands.answer import Answer, Screen
 from fp8tune.commands.device import pick_device
-from fp8tune.environment import describe_environment
+from fp8tune.store.environment import describe_environment
 
 if TYPE_CHECKING:
     import argparse

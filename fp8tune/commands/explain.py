@@ -6,8 +6,6 @@ import difflib
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fp8tune.codec import encode
-from fp8tune.columns import paragraph
 from fp8tune.commands.answer import (
     Answer,
     NoEntryError,
@@ -19,16 +17,21 @@ from fp8tune.commands.answer import (
     require_runs,
     run_data,
 )
-from fp8tune.intervals import looks, speedup_interval
-from fp8tune.records import Reason, Verdict
-from fp8tune.report import describe_signature
+from fp8tune.decision.intervals import FIRST_LOOK
+from fp8tune.decision.judge import interval_of
+from fp8tune.decision.reasons import Reason
+from fp8tune.decision.records import Verdict
+from fp8tune.report.columns import paragraph
+from fp8tune.report.describe import describe_signature, sizes_words
+from fp8tune.report.trial_story import role_of, trial_sentences
+from fp8tune.store.codec import encode
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from fp8tune.records import Decision, Layer, Measurement, Signature
-    from fp8tune.runs import Run
+    from fp8tune.decision.records import Decision, Layer, Measurement, Signature
+    from fp8tune.store.runs import Run
 
 __all__ = ["answer"]
 
@@ -57,24 +60,29 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
         runs_asked = runs
     run, index = _find(runs_asked, arguments.fqn, arguments.cache)
     layer, decision = run.layers[index], run.decisions[index]
+    alone = run.alone[index]
     stories = [
         _Story(signature, calls, measured)
-        for signature, calls in layer.calls
+        for signature, calls in decision.signatures
         for measured in run.measured(signature) or [None]
+        # Of a range what was timed is told; the rest follows from it.
+        if measured or not sizes_words(decision)
     ]
-    first = [*_opening(layer, decision)]
-    last = _ending(decision, run)
+    first = [*_opening(layer, decision), *_range(decision)]
+    last, tried = _ending(alone, run), trial_sentences(run.trial, alone, decision)
     lines = [x for text in heading_lines(run, len(runs)) for x in _wrap(text, screen)]
     lines += ["", *_wrap(" ".join(first), screen)]
     for story in stories:
         lines += ["", *_wrap(_told(story, run), screen), *_histogram(story, screen)]
-    lines += ["", *_wrap(last, screen)]
-    sentences = [*first, *(_told(story, run) for story in stories), last]
+    for text in (last, " ".join(tried)):
+        lines += ["", *_wrap(text, screen)] if text else []
+    sentences = [*first, *(_told(story, run) for story in stories), last, *tried]
     data = {
         "cache": arguments.cache,
         "run": run_data(run),
         "layer": {"fqn": name_of(layer.fqn)} | layer_data(decision),
         "signatures": [_story_data(story) for story in stories],
+        "trial": _trial_data(run, layer.fqn),
         "sentences": sentences,
     }
     return Answer(lines, data)
@@ -96,7 +104,7 @@ def _find(runs: Sequence[Run], fqn: str, path: str) -> tuple[Run, int]:
 
 
 def _opening(layer: Layer, decision: Decision) -> list[str]:
-    converted = decision.verdict is Verdict.FLOAT8
+    converted = decision.verdict is Verdict.CONVERTED
     what = (
         f"is converted to {decision.recipe}" if converted else "stays in high precision"
     )
@@ -108,24 +116,37 @@ def _opening(layer: Layer, decision: Decision) -> list[str]:
     ]
 
 
+def _range(decision: Decision) -> list[str]:
+    said = sizes_words(decision)
+    if not said:
+        return []
+    text = (
+        f"Over layers that are called alike: {said}; speedups at the other sizes are "
+        "interpolated in log M."
+    )
+    return [text]
+
+
 def _told(story: _Story, run: Run) -> str:
     calls = "once" if story.calls == 1 else f"{story.calls} times"
     text = f"The run called it {calls} with {describe_signature(story.signature)}."
     measured = story.measurement
     if measured is None:
         return f"{text} There is no timing of that."
-    interval = speedup_interval(
-        measured.ratios, run.config.confidence, len(looks(run.config.max_samples))
-    )
+    interval = interval_of(measured.ratios, run.config)
     day = f" on {measured.recorded}" if measured.recorded else ""
+    sure = (
+        f"with {run.config.confidence:.0%} confidence the true one lies between "
+        f"{interval.low:.3f} and {interval.high:.3f}"
+        if len(measured.ratios) >= FIRST_LOOK
+        else "so slow a candidate is not timed further"
+    )
     drawn = " Random numbers stood in for its tensors." if measured.synthetic else ""
     return (
         f"{text} Forward and backward took {median(measured.reference_ms):.3f} ms in "
         f"high precision and {median(measured.candidate_ms):.3f} ms with "
         f"{measured.recipe}, the medians of {len(measured.ratios)} pairs timed{day}. "
-        f"The median speedup is {interval.middle:.3f}; with "
-        f"{run.config.confidence:.0%} confidence the true one lies between "
-        f"{interval.low:.3f} and {interval.high:.3f}.{drawn}"
+        f"The median speedup is {interval.middle:.3f}; {sure}.{drawn}"
     )
 
 
@@ -186,3 +207,11 @@ def _story_data(story: _Story) -> dict[str, Any]:
         "synthetic": bool(measured and measured.synthetic),
         "recorded": (measured.recorded or None) if measured else None,
     }
+
+
+def _trial_data(run: Run, fqn: str) -> dict[str, Any] | None:
+    if run.trial is None:
+        return None
+    role = role_of(run.trial, fqn)
+    plans = [encode(x) for x in run.trial.results]
+    return {"plans": plans, "role": role and encode(role)}

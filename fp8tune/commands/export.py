@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from fp8tune.commands.answer import Answer, Screen, newest_run, require_runs
 from fp8tune.errors import CacheError
-from fp8tune.export import export_lines, single_recipe
-from fp8tune.plan import Plan
+from fp8tune.plan.export import export_lines, single_recipe
+from fp8tune.plan.plan import Plan
 
 if TYPE_CHECKING:
     import argparse
@@ -23,7 +23,7 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     data = {
         "to": arguments.to,
         "recipe": single_recipe(plan),
-        "float8_fqns": plan.float8_fqns,
+        "converted_fqns": plan.converted_fqns,
         "lines": lines,
     }
     return Answer(lines, data)
@@ -36,9 +36,4 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         return Plan.load(path)
     except CacheError:
         runs = require_runs(path, arguments.min_speedup)
-    run = newest_run(runs, arguments.run, path)
-    key = run.key
-    reference = "high precision"  # which dtype it was is not in the cache
-    return Plan(
-        run.decisions, key.label, reference, run.emulated, key.timing, key.environment
-    )
+    return Plan.of(newest_run(runs, arguments.run, path).plan)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
 from datetime import UTC, date, datetime, timedelta
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
-from fp8tune.cache import LOCK_TIMEOUT_S
-from fp8tune.cache_file import Contents, read_file, write_file
-from fp8tune.columns import paragraph
 from fp8tune.commands.answer import Answer, NoEntryError, Screen
 from fp8tune.errors import ConfigError
+from fp8tune.report.columns import paragraph
+from fp8tune.store.contents import Contents
+from fp8tune.store.places import place_of
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from fp8tune.cache_file import Key
-    from fp8tune.records import Measurement
+    from fp8tune.decision.records import Measurement
+    from fp8tune.store.contents import Key
 
 __all__ = ["answer"]
 
@@ -39,20 +35,13 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     """
     before = None if arguments.older_than is None else _day(arguments.older_than)
     wanted = [_field(text) for text in arguments.env]
-    path = Path(arguments.cache).resolve()
-    if not path.is_file():  # before the lock, which would leave a file behind
-        raise FileNotFoundError(2, "No such file", arguments.cache)
-    lock = FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S)
-    with nullcontext() if arguments.dry_run else lock:
-        contents = read_file(path)
-        left = _without(contents, before, wanted)
-        numbers = _numbers(contents, left)
-        if not any(numbers[:2]):
-            raise NoEntryError(
-                f"nothing in {arguments.cache} matches; it stays as it is"
-            )
-        if not arguments.dry_run:
-            write_file(path, left)
+    place = place_of(arguments.cache)
+    # Before a lock, which would leave a file behind; and what is damaged stays as it is.
+    numbers = _numbers(contents := place.read(), _without(contents, before, wanted))
+    if not any(numbers[:2]):
+        raise NoEntryError(f"nothing in {arguments.cache} matches; it stays as it is")
+    if not arguments.dry_run:
+        place.update(lambda found: _without(found, before, wanted))
     return _told(arguments, numbers, screen)
 
 
@@ -83,7 +72,8 @@ def _without(
             if not (_matches(key, wanted) and _is_older(measurement, before)):
                 left.add_measurement(key, measurement)
     for (key, _), run in contents.runs.items():
-        lost = left.unmeasured(key, run) - contents.unmeasured(key, run)
+        layers = run.layers
+        lost = left.unmeasured(key, layers) - contents.unmeasured(key, layers)
         # A run that nothing was timed in is as old as nobody knows.
         untimed = before is None and _matches(key, wanted)
         if not (lost or untimed):

@@ -7,29 +7,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fp8tune.clock import Clock, clock_for
-from fp8tune.codec import encode
-from fp8tune.columns import paragraph
 from fp8tune.commands.answer import Answer, NoEntryError, Screen, layer_data
 from fp8tune.commands.device import pick_device
 from fp8tune.config import TuneConfig
-from fp8tune.decide import decide
+from fp8tune.decision.decide import decide
+from fp8tune.decision.records import Decision, Layer, Measurement, Shape, Signature
 from fp8tune.errors import ConfigError
-from fp8tune.measure import measure
-from fp8tune.memory import is_out_of_memory
-from fp8tune.recipes import Recipe, get_recipe
-from fp8tune.records import (
-    Decision,
-    Layer,
-    Measurement,
-    Sample,
-    Shape,
-    Signature,
-)
-from fp8tune.report import measurement_line
+from fp8tune.model.allocation import is_out_of_memory
+from fp8tune.model.candidates import Sample
+from fp8tune.recipes.registry import get_recipe
+from fp8tune.report.columns import paragraph
+from fp8tune.report.messages import measurement_line
+from fp8tune.store.codec import encode
+from fp8tune.timing.clocks import clock_for
+from fp8tune.timing.measure import measure
 
 if TYPE_CHECKING:
     import argparse
+
+    from fp8tune.recipes.recipe import Recipe
+    from fp8tune.timing.clock import Clock
 
 __all__ = ["answer", "decide_alone", "lone_sample"]
 

@@ -38,7 +38,7 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     runs = require_runs(arguments.cache, arguments.min_speedup)
     run = newest_run(runs, arguments.run, arguments.cache)
     try:
-        from fp8tune import plot  # noqa: PLC0415 - matplotlib is an extra
+        from fp8tune.report import plot  # noqa: PLC0415 - matplotlib is an extra
     except ImportError as error:
         raise ConfigError(
             f'{error}; install what plots need with pip install "fp8tune[plot]"'
@@ -46,7 +46,7 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     key = run.key
     title = plot.title_of(key.environment, key.label, key.timing, emulated=run.emulated)
     figure = plot.picture(
-        run.decisions, run.by_signature, title, run.config.min_speedup
+        run.decisions, run.by_signature, title, run.config.min_speedup, run.trial
     )
     plot.save(figure, output)
     timed = sum(x.speedup is not None for x in run.decisions)

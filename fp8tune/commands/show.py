@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8tune.columns import Column, column_lines, paragraph
 from fp8tune.commands.answer import (
     Answer,
     Screen,
@@ -14,23 +14,36 @@ from fp8tune.commands.answer import (
     newest_run,
     require_runs,
     run_data,
+    write_page,
 )
-from fp8tune.folding import fold_names
-from fp8tune.records import Reason, Verdict
-from fp8tune.report import milliseconds, part_of, speedup_words, summary_line, words
+from fp8tune.decision.folding import fold_names
+from fp8tune.decision.reasons import Reason
+from fp8tune.decision.records import Verdict
+from fp8tune.report.columns import Column, column_lines, paragraph
+from fp8tune.report.describe import rows_words
+from fp8tune.report.table import (
+    milliseconds,
+    part_of,
+    range_lines,
+    speedup_words,
+    summary_line,
+    words,
+)
+from fp8tune.report.trials import trial_lines
+from fp8tune.store.codec import encode
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from fp8tune.records import Decision
-    from fp8tune.runs import Run
+    from fp8tune.decision.records import Decision
+    from fp8tune.store.runs import Run
 
 __all__ = ["answer"]
 
 _COLUMNS = (
     Column("layer"),
-    *(Column(x, right=True) for x in ("M", "K", "N", "ref ms", "float8 ms")),
+    *(Column(x, right=True) for x in ("M", "K", "N", "ref ms", "candidate ms")),
     Column("speedup", right=True),
     Column("verdict"),
     Column("reason"),
@@ -48,17 +61,32 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
     one = arguments.run is not None
     runs = [newest_run(every, arguments.run, arguments.cache)] if one else every
     tables = [(run, _rows(run, unfold=arguments.all)) for run in runs]
+    wrote = _write_page(runs[-1], arguments) if arguments.html else []
     if arguments.json:
         data = [
-            run_data(run) | {"layers": [_row_data(x) for x in rows]}
+            run_data(run)
+            | {
+                "layers": [_row_data(x) for x in rows],
+                "trial": [encode(x) for x in run.plan.trials],
+            }
             for run, rows in tables
         ]
         return Answer([], {"cache": arguments.cache, "runs": data})
+    if wrote:
+        return Answer(wrote, {})
     lines: list[str] = []
     for run, rows in tables:
         lines += [""] if lines else []
         lines += _run_lines(run, rows, len(every), screen)
     return Answer(lines, {})
+
+
+def _write_page(run: Run, arguments: argparse.Namespace) -> list[str]:
+    from fp8tune.report.html import run_page  # noqa: PLC0415 - jinja2 takes a while
+    from fp8tune.tuner.subject import subject_of_run  # noqa: PLC0415
+
+    title = f"Run {run.number} of {Path(arguments.cache).name}"
+    return write_page(arguments.html, run_page(subject_of_run(run, title)))
 
 
 _Row = tuple[str, "Sequence[str]", "Decision"]
@@ -82,6 +110,7 @@ def _run_lines(
 ) -> list[str]:
     heading = heading_lines(run, number_of_runs)
     summary = summary_line(run.decisions, run.key.label)
+    ranges = range_lines((pattern, decision) for pattern, _, decision in rows)
     colours = [_colour(x) for *_, x in rows]
     table = column_lines(
         _COLUMNS,
@@ -94,11 +123,13 @@ def _run_lines(
         "",
         *table,
         *paragraph(summary, screen.width),
+        *(line for text in ranges for line in paragraph(text, screen.width)),
+        *trial_lines(run.plan, screen.width),
     ]
 
 
 def _colour(decision: Decision) -> str:
-    converted = decision.verdict is Verdict.FLOAT8
+    converted = decision.verdict is Verdict.CONVERTED
     return _GREEN if converted else _COLOURS.get(decision.reason, _PLAIN)
 
 
@@ -106,11 +137,11 @@ def _cells(pattern: str, fqns: Sequence[str], decision: Decision) -> list[str]:
     shapes = [signature.shape for signature, _ in decision.signatures]
     return [
         f"{pattern} x{len(fqns)}" if len(fqns) > 1 else pattern,
-        ",".join(map(str, sorted({x.m for x in shapes}))) or "-",
+        rows_words(decision),
         part_of(decision.k, {x.k for x in shapes}),
         part_of(decision.n, {x.n for x in shapes}),
         milliseconds(decision.reference_ms),
-        milliseconds(decision.float8_ms),
+        milliseconds(decision.candidate_ms),
         speedup_words(decision),
         decision.recipe or str(Verdict.REFERENCE),
         words(decision.reason),

@@ -16,25 +16,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fp8tune import report
-from fp8tune.clock import Clock, clock_for
-from fp8tune.columns import Column, column_lines, paragraph
 from fp8tune.commands.answer import Answer, NoEntryError, Screen
 from fp8tune.commands.device import pick_device
 from fp8tune.commands.measure import decide_alone, lone_sample
 from fp8tune.config import Timing, TuneConfig
-from fp8tune.environment import describe_environment
+from fp8tune.decision.reasons import Reason
 from fp8tune.errors import ConfigError
-from fp8tune.measure import measure
-from fp8tune.progress import Progress, log_level
-from fp8tune.recipes import Recipe, get_recipe
-from fp8tune.records import Reason
+from fp8tune.recipes.registry import get_recipe
+from fp8tune.report.columns import Column, column_lines, paragraph
+from fp8tune.report.messages import measurement_line
+from fp8tune.report.progress import Progress, log_level
+from fp8tune.store.environment import describe_environment
+from fp8tune.timing.clocks import clock_for
+from fp8tune.timing.measure import measure
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator, Sequence
 
-    from fp8tune.records import Decision
+    from fp8tune.decision.records import Decision
+    from fp8tune.recipes.recipe import Recipe
+    from fp8tune.timing.clock import Clock
 
 __all__ = ["answer"]
 
@@ -130,7 +132,7 @@ class _Sweep:
         options = {} if self.timing is Timing.COMPILED else None
         measured = measure(sample, self.recipe, self._clock, self._config, options)
         decision = decide_alone(measured, self._config)
-        line = report.measurement_line(measured, self._config)
+        line = measurement_line(measured, self._config)
         return _Cell(m, k, n, decision.reason, accepted, decision), line
 
 
@@ -235,7 +237,7 @@ def _cell_data(cell: _Cell) -> dict[str, Any]:
         "reason": str(cell.reason),
         "accepted": cell.accepted,
         "reference_ms": found and found.reference_ms,
-        "float8_ms": found and found.float8_ms,
+        "candidate_ms": found and found.candidate_ms,
         "speedup": found and found.speedup,
         "speedup_low": found and found.speedup_low,
         "speedup_high": found and found.speedup_high,

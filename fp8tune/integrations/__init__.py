@@ -18,15 +18,15 @@ from typing import Any
 from torch import nn
 
 from fp8tune.auto import AutoFloat8
-from fp8tune.environment import describe_environment
-from fp8tune.errors import ExportError, MissingPackageError, PhaseError
-from fp8tune.export import single_recipe
-from fp8tune.phases import Phase
-from fp8tune.plan import Plan
-from fp8tune.recipes import get_recipe
-from fp8tune.recipes_torchao import TorchaoRecipe
+from fp8tune.errors import ExportError, MissingPackageError
+from fp8tune.plan.export import single_recipe
+from fp8tune.plan.plan import Plan
+from fp8tune.recipes.registry import get_recipe
+from fp8tune.recipes.torchao import TorchaoRecipe
+from fp8tune.store.environment import describe_environment
+from fp8tune.tuner.phases import Phase
 
-__all__ = ["float8_config", "freeze_for_checkpoint", "needs", "resumed"]
+__all__ = ["float8_config", "needs", "resumed"]
 
 _logger = logging.getLogger("fp8tune")
 
@@ -70,41 +70,53 @@ def float8_config(plan: Plan) -> Any:
 
 
 def resumed(
-    module: nn.Module, plan: Plan | None, options: Mapping[str, Any], *, retune: bool
+    module: nn.Module,
+    state: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+    *,
+    retune: bool,
 ) -> AutoFloat8:
     """AutoFloat8 as a run begins or goes on.
 
     Args:
         module: the model.
-        plan: that of the checkpoint, if the run goes on from one that has any.
+        state: the tuning state of the checkpoint, if the run goes on from one with any.
         options: of AutoFloat8.
         retune: drop a plan that was measured on another kind of device.
     """
-    plan = plan or options.get("plan")
+    plan = _plan_of(state) or options.get("plan")
     if plan is None:
-        return AutoFloat8(module, **options)
+        return _continued(AutoFloat8(module, **options), state)
     there, here = dict(plan.environment).get("device"), _device_name(module)
     if there != here and retune:
         _logger.info("the plan was measured on %s; tuning again on %s", there, here)
         return AutoFloat8(module, **options)
     if there != here:
         _logger.info("the plan was measured on %s and is kept on %s", there, here)
+    if state and _is_under_way(state):
+        return _continued(AutoFloat8(module, **options), state)
     given: dict[str, Any] = {**options, "plan": plan}
     if given.get("recipe", "auto") == "auto":  # which means others on another device
         given["recipe"] = plan.recipe
     return AutoFloat8(module, **given)
 
 
+def _is_under_way(state: Mapping[str, Any]) -> bool:
+    return state["phase"] in (Phase.WARMUP, Phase.TRIAL)
+
+
+def _plan_of(state: Mapping[str, Any] | None) -> Plan | None:
+    stored = state and state.get("plan")
+    return Plan.from_dict(stored, "the checkpoint") if stored else None
+
+
+def _continued(auto: AutoFloat8, state: Mapping[str, Any] | None) -> AutoFloat8:
+    # Without candidates, or with a plan that was given, there is nothing to go on with.
+    if state and auto.phase is not Phase.FROZEN:
+        auto.load_tuning_state(state)
+    return auto
+
+
 def _device_name(module: nn.Module) -> str | None:
     device = next(module.parameters()).device
     return dict(describe_environment(device)).get("device")
-
-
-def freeze_for_checkpoint(auto: AutoFloat8) -> None:
-    """Decide now, so that the checkpoint to be saved has the run's final plan."""
-    if auto.phase is Phase.FROZEN:
-        return
-    try:
-        auto.freeze()
-    except PhaseError as error:
-        _logger.warning("this checkpoint has no plan: %s", error)

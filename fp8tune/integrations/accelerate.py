@@ -8,7 +8,7 @@ that exists, also under FSDP2, pass ``ao_recipe_kwargs(plan)``.
 from typing import Any
 
 from fp8tune.integrations import float8_config, needs
-from fp8tune.plan import Plan
+from fp8tune.plan.plan import Plan
 
 __all__ = ["ao_recipe_kwargs"]
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fp8tune.errors import ConfigError
-from fp8tune.integrations import freeze_for_checkpoint, needs, resumed
-from fp8tune.linears import named_linears
-from fp8tune.plan import Plan
+from fp8tune.integrations import needs, resumed
+from fp8tune.model.linears import named_linears
+from fp8tune.tuner.phases import Phase
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fp8tune.auto import AutoFloat8
+    from fp8tune.plan.plan import Plan
 
 with needs("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,11 +22,10 @@ __all__ = ["AutoFloat8Callback"]
 
 
 class AutoFloat8Callback(Callback):
-    """Tunes the LightningModule's model; a resumed run goes on with the plan it had.
+    """Tunes the LightningModule's model; a resumed run goes on where tuning was.
 
-    The plan is part of every checkpoint, as the state of this callback. So that there is
-    one, tuning ends at the first checkpoint even if fewer than ``warmup_steps`` were
-    seen.
+    How far tuning has come, and in the end the plan, is part of every checkpoint, as the
+    state of this callback.
 
     Args:
         module: name of the attribute of the LightningModule that training_step calls,
@@ -51,8 +51,13 @@ class AutoFloat8Callback(Callback):
         self._name = module
         self._retune = retune_on_other_device
         self._options = options
-        self._restored: Plan | None = None
+        self._restored: dict[str, Any] | None = None
         self._logged = False
+
+    @property
+    def state_key(self) -> str:
+        """Of its own for each module, so that a GAN has the plans of both."""
+        return self._generate_state_key(module=self._name)
 
     @property
     def plan(self) -> Plan | None:
@@ -62,11 +67,12 @@ class AutoFloat8Callback(Callback):
     # Not on_fit_start, before which strategies such as FSDP have not yet restored the
     # checkpoint and called load_state_dict.
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wrap the model, with the checkpoint's plan if there is one."""
+        """Wrap the model, with the checkpoint's plan or state if there is one."""
         module = _tuned_module(pl_module, self._name)
-        if self.auto is None or self.auto.module is not module:
-            plan, retune = self._restored, self._retune
-            self.auto = resumed(module, plan, self._options, retune=retune)
+        ended = self.auto is not None and self.auto.phase is Phase.ABANDONED
+        if self.auto is None or self.auto.module is not module or ended:
+            state, retune = self._restored, self._retune
+            self.auto = resumed(module, state, self._options, retune=retune)
 
     def on_train_batch_end(
         self,
@@ -80,22 +86,39 @@ class AutoFloat8Callback(Callback):
         if self.plan and not self._logged:
             self._logged = True
             counts = {
-                "fp8tune_converted": float(len(self.plan.float8_fqns)),
+                "fp8tune_converted": float(len(self.plan.converted_fqns)),
                 "fp8tune_linears": float(len(self.plan.decisions)),
             }
             for logger in trainer.loggers:
                 logger.log_metrics(counts, step=trainer.global_step)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say it if tuning has not come to its end; layers go back to high precision."""
+        assert self.auto is not None
+        if self.auto.phase is Phase.WARMUP:
+            # For a checkpoint that is saved later, or another fit().
+            self._restored = self.auto.tuning_state()
+        self.auto.tuner.end_of_run()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The same where fit() is broken off in the warmup.
+
+        A trial ends collectively, and the other ranks may not have come so far.
+        """
+        if self.auto is not None and self.auto.phase is Phase.WARMUP:
+            self.on_train_end(trainer, pl_module)
+
     def state_dict(self) -> dict[str, Any]:
-        """The plan, for the checkpoint."""
-        if self.auto:
-            freeze_for_checkpoint(self.auto)
-        plan = self.plan or self._restored
-        return {"plan": plan.to_dict()} if plan else {}
+        """How far tuning has come, and the plan, for the checkpoint."""
+        if self.auto is None or self.auto.phase is Phase.ABANDONED:
+            return self._restored or {}
+        return self.auto.tuning_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The plan, from the checkpoint."""
-        self._restored = Plan.from_dict(state_dict["plan"], "the checkpoint")
+        """The same, from the checkpoint."""
+        self._restored = state_dict
 
 
 def _tuned_module(pl_module: LightningModule, name: str | None) -> nn.Module:

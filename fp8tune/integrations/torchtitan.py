@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import nn
@@ -20,12 +21,12 @@ from torch import nn
 from fp8tune.auto import AutoFloat8
 from fp8tune.config import Timing, TuneConfig
 from fp8tune.errors import ConfigError
-from fp8tune.export import single_recipe
 from fp8tune.integrations import float8_config, needs
-from fp8tune.phases import Phase
-from fp8tune.plan import Plan
-from fp8tune.ranks import Ranks
-from fp8tune.sharding import rebase
+from fp8tune.model.sharding import rebase
+from fp8tune.plan.export import single_recipe
+from fp8tune.plan.plan import Plan
+from fp8tune.ranks.group import Ranks
+from fp8tune.tuner.phases import Phase
 
 __all__ = ["plan_converter", "profiled"]
 
@@ -180,12 +181,18 @@ def _make_plain(module: nn.Module, tunable: Any) -> None:
         if not hasattr(plain, name):
             vars(module)[name] = method
     module.__class__ = plain
+    if "forward" in vars(module):  # ends in TunableLinear's
+        vars(module)["forward"].looks_up_class = True
 
 
 def _save_when_frozen(auto: AutoFloat8, path: Path) -> None:
+    lost = "no plan was written to %s: the run ended before its tuning did"
+    unsaved = finalize(auto.module, _logger.warning, lost, path)
+
     def save(module: nn.Module, args: Any) -> None:
         if auto.plan is not None and auto.phase is Phase.FROZEN:
             handle.remove()
+            unsaved.detach()
             if Ranks().first:
                 auto.plan.save(path)
                 _logger.info("the plan is in %s", path)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fp8tune.errors import ConfigError
-from fp8tune.integrations import freeze_for_checkpoint, needs, resumed
-from fp8tune.plan import Plan
+from fp8tune.integrations import needs, resumed
+from fp8tune.tuner.phases import Phase
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fp8tune.auto import AutoFloat8
+    from fp8tune.plan.plan import Plan
 
 with needs("transformers"):
     from transformers import (
@@ -28,17 +29,16 @@ __all__ = ["AutoFloat8Callback"]
 # arguments decide where the table is seen.
 _logger = logging.get_logger("transformers.fp8tune")
 
-# Where the plan is in a checkpoint's trainer_state.json. Not the class's name: Trainer
-# would take that for arguments to make the callback anew with.
-_STATE_KEY = "fp8tune_plan"
+# Where it is in a checkpoint's trainer_state.json. Not the class's name: Trainer would
+# take that for arguments to make the callback anew with.
+_STATE_KEY = "fp8tune"
 
 
 class AutoFloat8Callback(TrainerCallback):
-    """Tunes the Trainer's model; a resumed run goes on with the plan that it had.
+    """Tunes the Trainer's model; a resumed run goes on where tuning was, or with the plan.
 
-    The plan is part of every checkpoint, in its trainer_state.json. So that there is
-    one, tuning ends at the first checkpoint even if fewer than ``warmup_steps`` were
-    seen.
+    How far tuning has come, and in the end the plan, is part of every checkpoint, in its
+    trainer_state.json.
 
     Args:
         retune_on_other_device: when a checkpoint is resumed on another kind of device
@@ -54,6 +54,8 @@ class AutoFloat8Callback(TrainerCallback):
         self.auto: AutoFloat8 | None = None
         self._retune = retune_on_other_device
         self._options = options
+        self._logged = False
+        self._unfinished: dict[str, Any] | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -67,14 +69,15 @@ class AutoFloat8Callback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Wrap the model, with the checkpoint's plan if there is one."""
+        """Wrap the model, with the checkpoint's plan or state if there is one."""
         _refuse_compile(args)
         model: nn.Module = kwargs["model"]
-        if self.auto and self.auto.module is model:  # train() was called again
-            return
-        stored = _stored(state).pop(_STATE_KEY, None)
-        plan = None if stored is None else Plan.from_dict(stored, "the checkpoint")
-        self.auto = resumed(model, plan, self._options, retune=self._retune)
+        found = _stored(state).pop(_STATE_KEY, None)
+        # Else train() was called again.
+        if self.auto is None or self.auto.module is not model or self._unfinished:
+            found, self._unfinished = found or self._unfinished, None
+            self.auto = resumed(model, found, self._options, retune=self._retune)
+        _stored(state)[_STATE_KEY] = _WhenSaved(self.auto)
 
     def on_step_end(
         self,
@@ -83,23 +86,52 @@ class AutoFloat8Callback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Put the plan where the next checkpoint takes it from, and log it."""
+        """Log the plan, once."""
         assert self.auto is not None
-        if control.should_save:
-            freeze_for_checkpoint(self.auto)
-        plan = self.plan
-        if plan and _STATE_KEY not in _stored(state):
-            _stored(state)[_STATE_KEY] = plan.to_dict()
-            state.log_history.append(
-                {
-                    "fp8tune_converted": len(plan.float8_fqns),
-                    "fp8tune_linears": len(plan.decisions),
-                    "step": state.global_step,
-                }
-            )
-            _logger.info("%s", plan)
+        frozen = self.auto.phase is Phase.FROZEN
+        if frozen and self.plan and not self._logged:
+            self._logged = True
+            self._log(self.plan, state)
+
+    def _log(self, plan: Plan, state: TrainerState) -> None:
+        state.log_history.append(
+            {
+                "fp8tune_converted": len(plan.converted_fqns),
+                "fp8tune_linears": len(plan.decisions),
+                "step": state.global_step,
+            }
+        )
+        _logger.info("%s", plan)
 
     on_epoch_end = on_step_end
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Say it if tuning has not come to its end; layers go back to high precision."""
+        assert self.auto is not None
+        if self.auto.phase is Phase.WARMUP:
+            # For a checkpoint that is saved later, or another train().
+            self._unfinished = self.auto.tuning_state()
+            _stored(state)[_STATE_KEY] = self._unfinished
+        self.auto.tuner.end_of_run()
+
+
+class _WhenSaved:
+    """Becomes the tuning state as it is when Trainer copies its own to write it.
+
+    Asking for it in every step would wait for the device.
+    """
+
+    def __init__(self, auto: AutoFloat8) -> None:
+        self._auto = auto
+
+    def __deepcopy__(self, memo: object) -> dict[str, Any]:
+        return self._auto.tuning_state()
 
 
 def _stored(state: TrainerState) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from fp8tune import AutoFloat8, Reason, TuneConfig
 from fp8tune.bench.blocks import Block
 from fp8tune.bench.workloads import find_workloads, scaled_down
-from fp8tune.environment import describe_environment
+from fp8tune.store.environment import describe_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable

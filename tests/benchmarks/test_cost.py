@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from fp8tune import AutoFloat8, TuneConfig, get_recipe
-from fp8tune.clock import CpuClock
-from fp8tune.measure import measure
-from fp8tune.records import Sample, Shape, Signature
+from fp8tune.bench.cost import tuning_cost
+from fp8tune.decision.records import Shape, Signature
+from fp8tune.model.candidates import Sample
+from fp8tune.timing.cpu_clock import CpuClock
+from fp8tune.timing.measure import measure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from fp8tune.clock import Work
+    from fp8tune.timing.clock import Work
 
 SHAPES = [(16 * k, 16 * n) for k in (1, 2) for n in (1, 2, 3, 4)]
 
@@ -101,7 +103,7 @@ def test_ten_thousand_linears(benchmark: BenchmarkFixture) -> None:
     benchmark.extra_info["constructor_s"] = constructed
     assert constructed + frozen < 2
     assert len(clock.signatures) == len(SHAPES)
-    assert len(auto.plan.float8_fqns) == 10_000
+    assert len(auto.plan.converted_fqns) == 10_000
 
 
 @pytest.mark.parametrize("rows", [8, 64, 1024])
@@ -116,3 +118,10 @@ def test_measuring_one_signature(benchmark: BenchmarkFixture, rows: int) -> None
     start = time.perf_counter()
     benchmark.pedantic(measure, (sample, recipe, clock, config), rounds=1)
     assert time.perf_counter() - start < 1.5
+
+
+def test_a_cold_and_a_warm_compile_cache(benchmark: BenchmarkFixture) -> None:
+    arguments = ("torchtitan-debug", "bf16", torch.device("cpu"))
+    cost = benchmark.pedantic(tuning_cost, arguments, rounds=1)
+    assert cost["warm"]["warm_up_s"] < cost["cold"]["warm_up_s"]
+    assert cost["cold"]["warm_up_s"] <= cost["cold"]["tuning_s"]

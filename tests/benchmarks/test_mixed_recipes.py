@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fp8tune import AutoFloat8, StaticFilter, TuneConfig
-from fp8tune.environment import describe_environment
+from fp8tune.store.environment import describe_environment
 
 NAMES = ["rowwise", "tensorwise", "rowwise_with_gw_hp"]
 # (name, rows, width, hidden, width of keys and values): blocks of Llama3 and smaller.

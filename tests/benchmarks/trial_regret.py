@@ -25,8 +25,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fp8tune import AutoFloat8, TuneConfig, get_recipe
-from fp8tune.intervals import speedup_interval
-from fp8tune.rounds import balanced_order
+from fp8tune.decision.intervals import speedup_interval
+from fp8tune.decision.rounds import balanced_order
 
 logger = logging.getLogger("trial_regret")
 
@@ -100,7 +100,7 @@ def tuned(dim: int, rows: int, trial_steps: int) -> tuple[frozenset[str], float]
     for _ in range(trial_steps + 20):
         if not auto.frozen:
             step(auto)
-    names = frozenset(x.rsplit(".", 1)[1] for x in auto.freeze().float8_fqns)
+    names = frozenset(x.rsplit(".", 1)[1] for x in auto.freeze().converted_fqns)
     return names, time.perf_counter() - started
 
 

@@ -1,0 +1,139 @@
+"""Which of the signatures that several ranks would time each of them does time.
+
+Ranks that hold the same layers would time the same. So they say first what they would
+time, and then each times a part: every signature is timed by two ranks at least, where
+there are as many, so that a slow rank is noticed. Two ranks both time everything; but one
+begins in the middle, so that what is compiled for one is in Inductor's cache by the time
+the other comes to it.
+
+A kind is timed as a whole, since its M are judged together. Ranks that would time other M of
+a kind each do so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from fp8tune.decision.kinds import Kind, kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fp8tune.decision.records import Signature
+    from fp8tune.ranks.group import Ranks
+
+__all__ = ["Shares", "Wish", "share_of"]
+
+# Ranks that time a signature, at least.
+_TIMED_BY = 2
+
+Wanted = tuple[tuple["Signature", tuple[str, ...]], ...]
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str:
+        """Of a recipe."""
+        ...
+
+
+_T = TypeVar("_T", bound=_Named)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a rank would time alone.
+
+    Attributes:
+        rank: who.
+        splits: whether it may leave a part to others.
+        wanted: signatures with the names of the recipes, in their order.
+    """
+
+    rank: int
+    splits: bool
+    wanted: Wanted
+
+
+def share_of(wishes: Sequence[Wish], rank: int, size: int) -> list[Signature] | None:
+    """What a rank times; pure, and with equal wishes every rank knows every share.
+
+    Args:
+        wishes: those of the ranks that came.
+        rank: whose share.
+        size: how many ranks there are. Where some did not come, or will not split,
+            nobody leaves anything to others.
+
+    Returns:
+        Signatures in the order in which to time them; None for all of its own.
+    """
+    if len(wishes) < size or not all(x.splits for x in wishes):
+        return None
+    holders: dict[tuple[Kind, Wanted], list[int]] = {}
+    for wish in wishes:
+        for unit in _by_kind(wish.wanted).items():
+            holders.setdefault(unit, []).append(wish.rank)
+    together: dict[tuple[int, ...], list[Wanted]] = {}
+    for (_, wanted), ranks in sorted(holders.items()):
+        together.setdefault(tuple(ranks), []).append(wanted)
+    return [
+        signature
+        for ranks, units in together.items()
+        if rank in ranks
+        for unit in _part(units, ranks.index(rank), len(ranks))
+        for signature, _ in unit
+    ]
+
+
+def _by_kind(wanted: Wanted) -> dict[Kind, Wanted]:
+    found: dict[Kind, Wanted] = {}
+    for item in wanted:
+        kind = kind_of(item[0])
+        found[kind] = (*found.get(kind, ()), item)
+    return found
+
+
+def _part(units: Sequence[Wanted], place: int, ranks: int) -> list[Wanted]:
+    """As many neighbours in a circle as it takes, begun at even distances."""
+    number = len(units)
+    many = min(number, -(-_TIMED_BY * number // ranks))
+    start = place * number // ranks
+    return [units[(start + i) % number] for i in range(many)]
+
+
+class Shares:
+    """How ranks come to their shares: one exchange before timing begins.
+
+    Args:
+        ranks: who time.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._wishes: list[Wish] | None = None
+
+    def of(
+        self, wanted: Mapping[Signature, Sequence[_T]], *, splits: bool, wait: bool
+    ) -> dict[Signature, Sequence[_T]]:
+        """This rank's share, of the wishes that were exchanged at the first call.
+
+        Args:
+            wanted: what it would time alone, and the recipes of each.
+            splits: whether others may time a part of it.
+            wait: for every rank; else nothing is left to others, who may not come.
+        """
+        names = tuple((x, tuple(y.name for y in each)) for x, each in wanted.items())
+        mine = Wish(self._ranks.rank, splits and wait, names)
+        if self._wishes is None:
+            self._wishes = (
+                self._ranks.gather(mine, "the end of warmup")
+                if wait
+                else self._ranks.tell(mine)
+            )
+        share = share_of(self._wishes, self._ranks.rank, self._ranks.size)
+        return dict(wanted) if share is None else {x: wanted[x] for x in share}
+
+    def over(self) -> None:
+        """All is timed; the next call is about something else."""
+        self._wishes = None

@@ -1,0 +1,234 @@
+"""Stage 3, beside the time: what a recipe costs in accuracy on the captured tensors.
+
+With x, w and g as input (M, K), weight (N, K) and output gradient (M, N), what a variant
+computed is compared with the same three products in float32::
+
+    output       x  @ w.T    (M, N)
+    grad_input   g  @ w      (M, K)
+    grad_weight  g.T @ x     (N, K)
+
+The float32 side is made block by block, so that it needs no more memory than the captured
+tensors may.
+
+A product of which an operand holds inf or NaN says nothing of a recipe, nor does one that
+overflows in high precision too. Gradients that do, as when a loss scale is still too large,
+are compared at a smaller scale; the rest is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fp8tune.decision.accuracy import Accuracy
+from fp8tune.recipes.casts import Casts
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from fp8tune.recipes.casts import CastOperand
+    from fp8tune.timing.replay import Replay
+
+__all__ = ["SQNR_LIMIT_DB", "accuracy_of"]
+
+# Equal tensors have an infinite SQNR and NaN has none, neither of which is JSON. float32
+# against itself reaches 140 dB.
+SQNR_LIMIT_DB = 200.0
+
+# Blocks smaller than this would take longer than the timing; it is what a GPU's
+# workspace for one GEMM takes anyway.
+_LEAST_BYTES = 32 * 2**20
+
+
+def accuracy_of(replay: Replay, budget_bytes: int) -> Accuracy:
+    """Run a variant once more and compare what it computes with float32.
+
+    Args:
+        replay: the variant; gradients must be enabled.
+        budget_bytes: how much may be allocated besides what the variant itself does.
+    """
+    cells = max(budget_bytes, _LEAST_BYTES) // 4
+    with _full_precision():
+        compared, peak = _compared(replay, cells)
+        if compared.output_db is not None and _LIMIT < peak < math.inf:
+            # As a loss scaler does when a step overflows, by a power of two.
+            replay.operands.shrink_grad(2.0 ** -math.ceil(math.log2(peak / _LIMIT)))
+            compared, _ = _compared(replay, cells)
+    return compared
+
+
+def _compared(replay: Replay, cells: int) -> tuple[Accuracy, float]:
+    """The accuracy, and the largest number of the gradients as a share of what fits."""
+    results, operands = replay.results(), replay.operands
+    n, k = operands.weight.shape
+    x = operands.input.detach().reshape(-1, k)
+    w = operands.weight.detach()
+    g = operands.grad_output(results.output).detach().reshape(-1, n)
+    with torch.no_grad():
+        output, grad_input, grad_weight = (
+            _Product(None, 0.0)
+            if found is None
+            else _compare(found.reshape(-1, b.shape[1]), a, b, cells, _largest(replay))
+            for found, a, b in (
+                (results.output, x, w.t()),
+                (results.grad_input, g, w),
+                (results.grad_weight, g.t(), x),
+            )
+        )
+        finite = all(map(_is_finite, (x, w, g)))
+        shares = _shares(replay, (x, w, g), cells) if finite else (None, None)
+    accuracy = Accuracy(
+        output.sqnr_db, grad_input.sqnr_db, grad_weight.sqnr_db, *shares
+    )
+    return accuracy, max(grad_input.peak, grad_weight.peak)
+
+
+@contextmanager
+def _full_precision() -> Generator[None]:
+    """float32 products that are float32, whatever the user chose for speed."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+    before = [_own_precision(backend) for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _own_precision(backend: Any) -> str:
+    """What this backend was set to, or "none" if it follows torch.backends.
+
+    torch tells only what holds, so the general setting is moved to see who follows.
+    """
+    found: str = backend.fp32_precision
+    general = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    other = "ieee" if found == "tf32" else "tf32"
+    try:
+        torch.backends.fp32_precision = other  # pyright: ignore[reportAttributeAccessIssue]
+        return "none" if backend.fp32_precision == other else found
+    finally:
+        torch.backends.fp32_precision = general  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Share of the largest number of its dtype up to which a result is compared: what is just
+# below that number is rounded to inf by one variant and not by the other.
+_LIMIT = 0.5
+
+
+class _Product(NamedTuple):
+    """SQNR of a product, and its largest number as a share of what its dtype holds."""
+
+    sqnr_db: float | None
+    peak: float
+
+
+def _largest(replay: Replay) -> float:
+    """The largest number of the dtype that high precision computes in."""
+    shape = replay.signature.shape
+    dtype: torch.dtype = getattr(torch, shape.autocast_dtype or shape.input_dtype)
+    return torch.finfo(dtype).max
+
+
+def _compare(
+    found: torch.Tensor, a: torch.Tensor, b: torch.Tensor, cells: int, largest: float
+) -> _Product:
+    """SQNR of ``found`` against a @ b, with about ``cells`` numbers alive at a time."""
+    if not (_is_finite(a) and _is_finite(b)):
+        return _Product(None, math.inf)
+    signal = noise = peak = 0.0
+    inner = a.shape[1]
+    columns = _part(cells // 3, inner, b.shape[1])
+    rows = _part(cells // 3, max(inner, columns), a.shape[0])
+    for j in range(0, b.shape[1], columns):
+        right = b[:, j : j + columns].float()
+        for i in range(0, a.shape[0], rows):
+            exact = a[i : i + rows].float() @ right
+            low, high = exact.aminmax()
+            peak = max(peak, -float(low) / largest, float(high) / largest)
+            noise += _sum_of_squares(exact - found[i : i + rows, j : j + columns])
+            signal += _sum_of_squares(exact)
+    return _Product(None if peak > _LIMIT else _decibels(signal, noise), peak)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _part(cells: int, width: int, length: int) -> int:
+    """How many of ``length`` rows of that width go into so many cells; at least one."""
+    return max(1, min(length, cells // max(1, width)))
+
+
+def _sum_of_squares(tensor: torch.Tensor) -> float:
+    # In place, since nobody needs the tensor any more.
+    return float(tensor.square_().sum(dtype=torch.float64))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return SQNR_LIMIT_DB
+    if not math.isfinite(noise) or signal == 0:
+        return -SQNR_LIMIT_DB
+    if math.isinf(signal):
+        return SQNR_LIMIT_DB
+    decibels = 10 * (math.log10(signal) - math.log10(noise))
+    return max(-SQNR_LIMIT_DB, min(SQNR_LIMIT_DB, decibels))
+
+
+class _Counts(NamedTuple):
+    nonzero: int
+    flushed: int
+    saturated: int
+
+
+def _shares(
+    replay: Replay,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cells: int,
+) -> tuple[float | None, float | None]:
+    """Underflow and saturation share, if the recipe says what it casts."""
+    if not isinstance(replay.recipe, Casts):
+        return None, None
+    signature = replay.signature
+    casts = replay.recipe.casts(
+        *operands, grad_input=signature.grad_input, grad_weight=signature.grad_weight
+    )
+    counts = [_count(part) for cast in casts for part in _parts(cast, cells)]
+    nonzero = sum(x.nonzero for x in counts)
+    if not nonzero:
+        return 0.0, 0.0
+    flushed, saturated = (sum(column) for column in list(zip(*counts, strict=True))[1:])
+    return flushed / nonzero, saturated / nonzero
+
+
+def _parts(cast: CastOperand, cells: int) -> Iterator[CastOperand]:
+    """The rows of an operand, so many at a time that their copies fit."""
+    step = _part(cells // 4, cast.values.shape[1], cast.values.shape[0])
+    for i in range(0, cast.values.shape[0], step):
+        part = slice(i, i + step)
+        scale = (
+            cast.scale[part] if cast.scale.dim() and len(cast.scale) > 1 else cast.scale
+        )
+        yield cast._replace(values=cast.values[part], scale=scale)
+
+
+def _count(cast: CastOperand) -> _Counts:
+    # Not in place: of float32 values, float() is the tensor itself.
+    scaled = (cast.values.float() * cast.scale).abs_()
+    limits = torch.finfo(cast.dtype)
+    kept = scaled.clamp(max=limits.max).to(cast.dtype).float()
+    nonzero = cast.values != 0
+    return _Counts(
+        int(nonzero.sum()),
+        int(((kept == 0) & nonzero).sum()),
+        int((scaled > limits.max * _ROUNDING).sum()),
+    )
+
+
+# A scale is itself rounded, so the largest value may come out a hair above the limit.
+_ROUNDING = 1 + 1e-5

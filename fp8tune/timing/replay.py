@@ -1,0 +1,235 @@
+"""A signature made runnable: forward + backward on the captured tensors.
+
+Both variants share one set of operands and run the same few lines; they differ only in
+the class of a stand-in Linear that borrows the real layer's weight. Nothing of the
+user's model is called: gradients are returned, never accumulated, and the compiled
+variant lives in a function of its own.
+"""
+
+from __future__ import annotations
+
+import types
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fp8tune.compiling.cuda_graphs import without_cuda_graphs
+from fp8tune.config import Context
+from fp8tune.decision.records import REFERENCE, Shape
+from fp8tune.model.sharding import to_local
+from fp8tune.timing.synthetic import random_activations, random_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from fp8tune.model.candidates import Sample
+    from fp8tune.recipes.recipe import Recipe
+
+    Body = Callable[[nn.Linear, torch.Tensor], torch.Tensor]
+
+__all__ = ["Operands", "Replay", "Results"]
+
+
+class Operands:
+    """The tensors of a sample, with random numbers for those that were not captured.
+
+    Built at first use, so that a scripted clock never allocates.
+    """
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+        seen = sample.linear.weight if sample.input is None else sample.input
+        self.device = sample.device or seen.device
+        self._grad_output: torch.Tensor | None = None
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        # Of its own, since the user's seed must not move.
+        return torch.Generator(self.device).manual_seed(0)
+
+    @cached_property
+    def input(self) -> torch.Tensor:
+        """Shape (*, K); requires grad if it did in training."""
+        signature = self.sample.signature
+        tensor = self.sample.input
+        if tensor is None:
+            tensor = random_activations(signature.shape, self._generator)
+        # Rows of a larger call may have been kept on another device.
+        return tensor.detach().to(self.device).requires_grad_(signature.grad_input)
+
+    def grad_output(self, output: torch.Tensor) -> torch.Tensor:
+        """The captured gradient, or random numbers, like ``output`` in shape and dtype."""
+        kept = self._grad_output
+        if kept is None or kept.dtype != output.dtype:
+            captured = self.sample.grad_output
+            if captured is None or captured.numel() != output.numel():
+                kept = self._random(output.shape, output.dtype)
+            else:
+                kept = captured.reshape(output.shape).to(output)
+            self._grad_output = kept
+        return kept
+
+    def shrink_grad(self, factor: float) -> None:
+        """From now on use a smaller gradient, as after a loss scale that overflowed."""
+        if self._grad_output is not None:
+            self._grad_output = self._grad_output * factor
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """Shape (N, K): the layer's own, or a copy of what it was gathered to."""
+        shape = self.sample.signature.shape
+        own = to_local(self.sample.linear.weight)
+        tensor = own if self.sample.weight is None else self.sample.weight
+        dtype = getattr(torch, shape.weight_dtype)
+        if tensor.shape == (shape.n, shape.k) and tensor.dtype == dtype:
+            return tensor.to(self.device)  # which is elsewhere where it is offloaded
+        return random_weight(shape, self._generator)
+
+    @cached_property
+    def bias(self) -> torch.Tensor:
+        """Shape (N,); zeros, whose addition takes as long as any other."""
+        dtype = self.weight.dtype
+        return torch.zeros(self.weight.shape[0], dtype=dtype, device=self.device)
+
+    def _random(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(
+            shape, generator=self._generator, device=self.device, dtype=dtype
+        )
+
+
+class Results(NamedTuple):
+    """What one forward + backward computed; None where training needs no gradient."""
+
+    output: torch.Tensor
+    grad_input: torch.Tensor | None
+    grad_weight: torch.Tensor | None
+
+
+class Replay:
+    """One variant of a signature as ``Work`` for a clock.
+
+    Args:
+        operands: what to run on, shared with the other variant.
+        recipe: what the Linear is converted to; None is the reference.
+        compile_options: keyword arguments of torch.compile, or None for eager.
+        context: what surrounds the Linear while it is timed.
+
+    Attributes:
+        ran: whether any clock has really run it; a scripted one never does.
+    """
+
+    def __init__(
+        self,
+        operands: Operands,
+        recipe: Recipe | None,
+        compile_options: Mapping[str, Any] | None,
+        context: Context = Context.LINEAR,
+    ) -> None:
+        self.signature = operands.sample.signature
+        self.variant = recipe.name if recipe else REFERENCE
+        self.operands = operands
+        self.recipe = recipe
+        self.ran = False
+        self._compile_options = compile_options
+        self._body = _IN_CONTEXT[context]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.operands.device
+
+    def __call__(self) -> None:
+        """Forward, again if it is recomputed, then the backward that training needs."""
+        self.ran = True
+        self._run(self._forward)
+
+    def results(self) -> Results:
+        """What the bare Linear computes; eagerly where it is timed in a context."""
+        output, gradients = self._run(self._forward if self._body is _call else _call)
+        found = dict(zip(map(id, self._differentiated), gradients, strict=True))
+        return Results(
+            output.detach(),
+            found.get(id(self.operands.input)),
+            found.get(id(self._linear.weight)),
+        )
+
+    def _run(self, forward: Body) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        with self._autocast():
+            output = forward(self._linear, self.operands.input)
+            if self.signature.recompute:
+                output = forward(self._linear, self.operands.input)
+        if not self._differentiated:
+            return output, ()
+        grad_output = self.operands.grad_output(output)
+        return output, torch.autograd.grad(output, self._differentiated, grad_output)
+
+    def _autocast(self) -> torch.autocast:
+        # As it was around the layer. Its cache is off, since a cached cast of the weight
+        # would be timed once instead of every time, and would stay in the user's cache.
+        name = self.signature.shape.autocast_dtype
+        return torch.autocast(
+            self.operands.device.type,
+            dtype=getattr(torch, name) if name else None,
+            enabled=name is not None,
+            cache_enabled=False,
+        )
+
+    @cached_property
+    def _linear(self) -> nn.Linear:
+        signature, operands = self.signature, self.operands
+        shape = signature.shape
+        linear = nn.Linear(shape.k, shape.n, bias=shape.bias, device="meta")
+        linear.weight = nn.Parameter(operands.weight, signature.grad_weight)
+        if shape.bias:
+            linear.bias = nn.Parameter(operands.bias, signature.grad_bias)
+        if self.recipe:
+            self.recipe.convert(linear)
+        return linear
+
+    @cached_property
+    def _differentiated(self) -> list[torch.Tensor]:
+        signature, linear = self.signature, self._linear
+        wanted = [
+            (signature.grad_input, self.operands.input),
+            (signature.grad_weight, linear.weight),
+            (signature.grad_bias, linear.bias),
+        ]
+        return [tensor for needed, tensor in wanted if needed]
+
+    @cached_property
+    def _forward(self) -> Body:
+        if self._compile_options is None:
+            return self._body
+        plain = without_cuda_graphs(self._compile_options)
+        options: dict[str, Any] = {"dynamic": False, **plain}
+        function = _own_function(self._body, self.signature.shape)
+        return torch.compile(function, **options)
+
+
+def _call(linear: nn.Linear, tensor: torch.Tensor) -> torch.Tensor:
+    return linear(tensor)
+
+
+def _call_between_norm_and_act(linear: nn.Linear, tensor: torch.Tensor) -> torch.Tensor:
+    return F.silu(linear(F.rms_norm(tensor, tensor.shape[-1:])))
+
+
+_IN_CONTEXT = {
+    Context.LINEAR: _call,
+    Context.NORM_ACT: _call_between_norm_and_act,
+}
+
+
+def _own_function(body: types.FunctionType, shape: Shape) -> Body:
+    """A copy of the body with a code object and a name of its own.
+
+    Dynamo keeps compiled code and its recompile limit by code object, and learns dynamic
+    shapes by the function's name and place; sharing either would let one signature
+    disturb another.
+    """
+    name = f"fp8tune_m{shape.m}_k{shape.k}_n{shape.n}"
+    code = body.__code__.replace(co_name=name)
+    return types.FunctionType(code, body.__globals__, name)

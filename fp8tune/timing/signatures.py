@@ -1,0 +1,116 @@
+"""Timing all signatures of a run, one after the other: clock, random state, progress."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp8tune.report import messages
+from fp8tune.report.describe import describe_signature
+from fp8tune.report.progress import Progress
+from fp8tune.timing.apart import StoppableClock, apart
+from fp8tune.timing.clocks import clock_for
+from fp8tune.timing.gemms import measure_with_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from fp8tune.config import TuneConfig
+    from fp8tune.decision.records import Layer, Measurement, Signature
+    from fp8tune.model.capture import Capture
+    from fp8tune.recipes.recipe import Recipe
+    from fp8tune.timing.clock import Clock
+
+__all__ = ["time_signatures"]
+
+logger = logging.getLogger("fp8tune")
+
+
+def time_signatures(
+    wanted: Mapping[Signature, Sequence[Recipe]],
+    capture: Capture,
+    config: TuneConfig,
+    *,
+    device: torch.device,
+    layers: Sequence[Layer] = (),
+    clock: Clock | None = None,
+    compile_options: Mapping[str, Any] | None = None,
+    shown: bool = True,
+) -> Iterator[Measurement]:
+    """Time each, and give it back as soon as it is timed, so that Ctrl-C loses little.
+
+    Args:
+        wanted: what to time, and the candidates of each.
+        capture: the tensors that they were seen with.
+        config: see ``measure``; and ``profile_dir``.
+        device: where the model is; its random numbers are left as they were.
+        layers: the model, for names to the traces.
+        clock: what times the work; by default each device's own.
+        compile_options: keyword arguments of torch.compile, or None to time eagerly.
+        shown: False on ranks that say nothing, and trace nothing.
+
+    Yields:
+        One measurement per signature and candidate, in their order, parts of candidates
+        last.
+    """
+    if not wanted:
+        return
+    clocks = _Clocks(clock)
+    first = clocks.of(device)
+    began, warm_up_s = first.now(), 0.0
+    trace = _tracer(config, layers) if shown else None
+    places = {capture.device_of(x) for x in wanted} | {device}
+    devices = [x for x in places if x.type == "cuda"]
+    stop = threading.Event()
+    with (
+        torch.random.fork_rng(devices),
+        Progress(len(wanted), shown=shown) as bar,
+        apart(stop) as call,
+    ):
+        for signature, recipes in wanted.items():
+            bar.begin(describe_signature(signature))
+            timer: Any = clocks.of(capture.device_of(signature))
+            measurements = call(
+                measure_with_parts,
+                partial(capture.sample, signature),
+                recipes,
+                StoppableClock(timer, stop),
+                config,
+                compile_options,
+                release=capture.release_tensors,
+                trace=trace,
+            )
+            bar.end(messages.measurements_line(measurements, config))
+            warm_up_s += measurements[0].warm_up_s
+            yield from measurements
+    if shown:
+        seconds = first.now() - began
+        logger.info("%s", messages.cost_line(len(wanted), seconds, warm_up_s))
+
+
+class _Clocks:
+    """The clock that was given, or one for each device that layers are on."""
+
+    def __init__(self, given: Clock | None) -> None:
+        self._given = given
+        self._known: dict[torch.device, Clock] = {}
+
+    def of(self, device: torch.device) -> Clock:
+        if self._given:
+            return self._given
+        if device not in self._known:
+            self._known[device] = clock_for(device)
+        return self._known[device]
+
+
+def _tracer(config: TuneConfig, layers: Sequence[Layer]) -> Any:
+    if config.profile_dir is None:
+        return None
+    # torch.profiler is imported only where it is wanted.
+    from fp8tune.timing.traces import Traces  # noqa: PLC0415
+
+    return Traces(config.profile_dir, layers).record

@@ -1,0 +1,372 @@
+"""Plans in the words of other trainers: substrings, exact names, text to paste."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from itertools import combinations, islice
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+)
+from torchao.float8.float8_linear import Float8Linear
+
+from fp8tune.decision.reasons import Reason
+from fp8tune.decision.records import Decision, Verdict
+from fp8tune.errors import ExportError, PlanMismatchError
+from fp8tune.plan.cover import smallest_cover
+from fp8tune.plan.export import TARGETS, export_lines
+from fp8tune.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def plan_of(
+    float8: list[str], reference: list[str], recipe: str = "rowwise", size: int = 16
+) -> Plan:
+    converted = [
+        Decision(x, size, size, Verdict.CONVERTED, Reason.FASTER, recipe=recipe)
+        for x in float8
+    ]
+    left = [
+        Decision(x, size, size, Verdict.REFERENCE, Reason.SLOWER) for x in reference
+    ]
+    return Plan((*converted, *left), recipe, "bfloat16", False, "eager", ())
+
+
+def names_of_llama(layers: int, roles: list[str]) -> list[str]:
+    return [f"layers.{i}.{role}" for i in range(layers) for role in roles]
+
+
+def split(names: list[str], left_out: list[str]) -> Plan:
+    """A plan that converts every name that contains none of these."""
+    excluded = [x for x in names if any(y in x for y in left_out)]
+    return plan_of([x for x in names if x not in excluded], excluded)
+
+
+class TestSubstrings:
+    def test_roles_are_named_by_whole_segments(self) -> None:
+        roles = ["attention.wq", "attention.wk", "attention.wv", "feed_forward.w1"]
+        names = [*names_of_llama(32, roles), "output"]
+        plan = split(names, ["wk", "wv", "output"])
+        assert plan.substring_excludes(names) == ["output", "wk", "wv"]
+
+    def test_one_substring_may_serve_several_roles(self) -> None:
+        names = names_of_llama(4, ["mlp.up", "attn.q", "attn.k"])
+        plan = split(names, ["attn"])
+        assert plan.substring_excludes(names) == ["attn"]
+
+    def test_first_and_last_block(self) -> None:
+        names = names_of_llama(12, ["w1", "w2"])
+        plan = split(names, ["layers.0.", "layers.11."])
+        assert plan.substring_excludes(names) == [".0", "11"]
+
+    def test_a_name_inside_a_converted_one_is_refused_with_both(self) -> None:
+        names = [f"layers.{i}" for i in range(11)]
+        plan = plan_of([x for x in names if x != "layers.1"], ["layers.1"])
+        with pytest.raises(
+            ExportError,
+            match=r"leaves out 'layers\.1' also leaves out 'layers\.10', whose name",
+        ):
+            plan.substring_excludes(names)
+
+    def test_a_model_that_is_itself_a_linear(self) -> None:
+        assert plan_of([""], []).substring_excludes(nn.Linear(16, 16)) == []
+        assert plan_of([], [""]).substring_excludes([""]) == [""]
+        with pytest.raises(ExportError, match=r"leaves out '\(root\)' also leaves out"):
+            plan_of(["a"], [""]).substring_excludes(["", "a"])
+
+    def test_nothing_or_everything_left_out(self) -> None:
+        assert plan_of(["a.b", "c"], []).substring_excludes(["a.b", "c"]) == []
+        assert plan_of([], ["a.b", "c"]).substring_excludes(["a.b", "c"]) == [""]
+
+    def test_a_linear_that_the_plan_does_not_know_is_left_out(self) -> None:
+        plan = plan_of(["a"], ["b"])
+        assert plan.substring_excludes(["a", "b", "new"]) == ["b", "new"]
+
+    def test_a_converted_layer_that_the_target_lacks_is_said(self) -> None:
+        plan = plan_of(["a", "b"], [])
+        with pytest.raises(
+            PlanMismatchError, match=r"converts 'b', but the target has no Linear"
+        ):
+            plan.substring_excludes(["a"])
+
+    def test_a_model_may_be_given_wrapped(self) -> None:
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        plan = plan_of(["0"], ["1"])
+        wrapped = checkpoint_wrapper(nn.Sequential(*model))
+        assert plan.substring_excludes(torch.compile(wrapped)) == ["1"]
+        assert plan.exact_fqns(wrapped) == ["1"]
+
+
+SEGMENTS = st.sampled_from(["a", "b", "ab", "1", "10", "11", "w1", "w10", "_"])
+FQNS = st.lists(SEGMENTS, min_size=1, max_size=4).map(".".join)
+
+
+@st.composite
+def plans(draw: st.DrawFn, most: int = 16) -> Plan:
+    names = draw(st.lists(FQNS, unique=True, min_size=1, max_size=most))
+    flags = draw(st.lists(st.booleans(), min_size=len(names), max_size=len(names)))
+    pairs = list(zip(names, flags, strict=True))
+    return plan_of(
+        [x for x, kept in pairs if kept], [x for x, kept in pairs if not kept]
+    )
+
+
+def left_out_by(substrings: Sequence[str], names: list[str]) -> list[str]:
+    return [name for name in names if any(x in name for x in substrings)]
+
+
+@given(plans())
+@settings(deadline=None, max_examples=300)
+def test_substrings_reproduce_the_plan_or_are_refused(plan: Plan) -> None:
+    kept, left = plan.converted_fqns, plan.reference_fqns
+    impossible = any(name in other for name in left for other in kept)
+    try:
+        substrings = plan.substring_excludes(kept + left)
+    except ExportError:
+        assert impossible
+    else:
+        assert not impossible
+        assert left_out_by(substrings, kept + left) == left
+
+
+@given(plans(most=6))
+@settings(deadline=None, max_examples=100)
+def test_no_shorter_list_of_substrings_would_do(plan: Plan) -> None:
+    names = plan.converted_fqns + plan.reference_fqns
+    try:
+        found = plan.substring_excludes(names)
+    except ExportError:
+        return
+    every = {x[i:j] for x in names for i in range(len(x)) for j in range(i + 1, 99)}
+    if found:
+        fewer = combinations(sorted(every), len(found) - 1)
+        left = plan.reference_fqns
+        assert all(left_out_by(x, names) != left for x in islice(fewer, 20_000))
+
+
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1, max_size=2),
+        st.frozensets(st.integers(0, 7), min_size=1),
+        min_size=1,
+        max_size=7,
+    )
+)
+def test_a_cover_holds_everything_and_is_the_smallest(
+    sets: dict[str, frozenset[int]],
+) -> None:
+    everything = frozenset().union(*sets.values())
+    chosen = smallest_cover(sets)
+    assert frozenset().union(*(sets[x] for x in chosen)) == everything
+    fewer = combinations(sets.values(), len(chosen) - 1)
+    assert all(frozenset().union(*x) != everything for x in fewer)
+
+
+def test_a_large_model_takes_no_time() -> None:
+    roles = [f"block.experts.{i}.w{j}" for i in range(8) for j in (1, 2, 3)]
+    names = names_of_llama(60, [*roles, "attention.wo", "attention.wk"])
+    plan = split(names, ["wk", "experts.3.w2", "layers.59."])
+    substrings = plan.substring_excludes(names)
+    assert len(substrings) == 3
+    assert left_out_by(substrings, names) == plan.reference_fqns
+
+
+class TestNames:
+    """What wrappers add to names, and what belongs to the model."""
+
+    def test_data_parallel_adds_module(self) -> None:
+        plan = plan_of(["0"], ["1"])
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        plan.apply(nn.DataParallel(model))
+        assert isinstance(model[0], Float8Linear)
+        assert type(model[1]) is nn.Linear
+        assert plan.module_filter_fn(nn.Linear(16, 16), "module.0")
+        assert plan["module.1"].verdict is Verdict.REFERENCE
+
+    def test_a_child_called_module_is_no_wrapper(self) -> None:
+        model = nn.ModuleDict({"module": nn.Linear(16, 16), "x": nn.Linear(16, 16)})
+        plan = plan_of(["module"], ["x"])
+        assert plan.exact_fqns(model) == ["x"]
+        assert plan.exact_fqns(nn.DataParallel(model)) == ["x"]
+        nested = plan_of(["module.x"], ["x"])
+        inner = nn.ModuleDict({"x": nn.Linear(16, 16)})
+        outer = nn.ModuleDict({"module": inner, "x": nn.Linear(16, 16)})
+        assert nested.exact_fqns(outer) == ["x"]
+        assert not nested.module_filter_fn(nn.Linear(16, 16), "x")
+        assert nested.module_filter_fn(nn.Linear(16, 16), "module.module.x")
+
+    def test_a_wrapped_linear_itself(self) -> None:
+        model = nn.DataParallel(nn.Linear(16, 16))
+        assert plan_of([""], []).exact_fqns(model) == []
+
+
+class Small(nn.Module):
+    """Four Linears under names as in real models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"wk": nn.Linear(16, 16), "w1": nn.Linear(16, 16)})
+            for _ in range(2)
+        )
+
+
+def converted(model: nn.Module) -> list[str]:
+    return [x for x, y in model.named_modules() if isinstance(y, Float8Linear)]
+
+
+NAMES = ["layers.0.w1", "layers.1.w1"], ["layers.0.wk", "layers.1.wk"]
+
+
+class TestText:
+    def test_torchao(self) -> None:
+        """The text is a program that converts as the plan says."""
+        model = Small()
+        plan = plan_of(*NAMES)
+        exec("\n".join(export_lines(plan, "torchao")), {"model": model})  # noqa: S102
+        assert converted(model) == plan.converted_fqns
+        assert model.layers[0]["w1"].config.pad_inner_dim
+
+    def test_accelerate(self) -> None:
+        """The same filter function, given to accelerate."""
+        pytest.importorskip("accelerate", exc_type=ModuleNotFoundError)
+        plan = plan_of(*NAMES)
+        lines = export_lines(plan, "accelerate")
+        assert lines[-1] == (
+            'accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[recipe])'
+        )
+        namespace: dict[str, object] = {}
+        exec("\n".join(lines[:-1]), namespace)  # noqa: S102
+        recipe = namespace["recipe"]
+        names = plan.converted_fqns + plan.reference_fqns
+        found = [x for x in names if recipe.module_filter_func(nn.Linear(16, 16), x)]
+        assert found == plan.converted_fqns
+
+    def test_torchtitan(self) -> None:
+        assert export_lines(plan_of(*NAMES), "torchtitan") == [
+            "# converted 2 of 4 Linears to rowwise; not converted: 2 slower",
+            "Float8LinearConverter.Config(",
+            '    recipe_name="rowwise",',
+            "    filter_fqns=[",
+            '        "wk",',
+            "    ],",
+            ")",
+        ]
+
+    def test_automodel(self) -> None:
+        text = "\n".join(
+            export_lines(plan_of(*NAMES, recipe="tensorwise"), "automodel")
+        )
+        assert yaml.safe_load(text) == {
+            "fp8": {
+                "enabled": True,
+                "recipe_name": "tensorwise",
+                "filter_fqns": ["wk"],
+            }
+        }
+
+    def test_olmo(self) -> None:
+        assert export_lines(plan_of(*NAMES), "olmo")[1:] == [
+            "Float8Config(",
+            "    ao_recipe=AOFloat8LinearRecipe.rowwise,",
+            "    modules_to_ignore=[",
+            '        "layers.0.wk",',
+            '        "layers.1.wk",',
+            "    ],",
+            ")",
+        ]
+
+    def test_olmo_never_converts_its_head(self) -> None:
+        plan = plan_of(["lm_head.w_out"], [])
+        with pytest.raises(
+            ExportError, match=r"'lm_head\.w_out', which OLMo-core never"
+        ):
+            export_lines(plan, "olmo")
+
+    def test_an_unknown_target_lists_the_known(self) -> None:
+        with pytest.raises(
+            ExportError, match=r"unknown target 'titan'; choose one of accelerate, auto"
+        ):
+            export_lines(plan_of(*NAMES), "titan")
+
+    @pytest.mark.parametrize("target", sorted(TARGETS))
+    def test_a_recipe_that_the_target_does_not_know(self, target: str) -> None:
+        with pytest.raises(ExportError, match=rf"recipe 'bf16', and {target} knows"):
+            export_lines(plan_of(*NAMES, recipe="bf16"), target)
+
+    def test_torchtitan_knows_no_tensorwise(self) -> None:
+        with pytest.raises(
+            ExportError,
+            match=r"torchtitan knows rowwise, rowwise_with_gw_hp; tune with",
+        ):
+            export_lines(plan_of(*NAMES, recipe="tensorwise"), "torchtitan")
+
+
+class TestMegatron:
+    @staticmethod
+    def chosen(text: str, names: Sequence[str]) -> dict[str, str]:
+        """The config of each name, as Megatron-LM documents it: the first that fits."""
+        document = yaml.safe_load(text)
+        assert set(document) == {"configs", "matchers"}
+        matchers = [x for x in document["matchers"].values() if x["enabled"]]
+        assert {x["type"] for x in matchers} == {"glob"}
+        return {
+            name: next(x["config"] for x in matchers if fnmatch(name, x["pattern"]))
+            for name in names
+        }
+
+    def test_the_file_says_recipe_and_default(self) -> None:
+        plan = plan_of(["layers.0.up", "layers.1.up"], ["output"], "blockwise")
+        document = yaml.safe_load("\n".join(export_lines(plan, "megatron")))
+        kind = {"transformer_engine_config_type": "TEQuantizationParams"}
+        recipe = {"fp8_quantization_recipe": "blockwise"}
+        assert document["configs"] == {
+            "converted": {**kind, "training_recipe": recipe},
+            "reference": {**kind, "training_recipe": {}},
+        }
+        patterns = [x["pattern"] for x in document["matchers"].values()]
+        assert patterns == ["layers.*.up", "*"]
+
+    def test_a_text_says_what_was_timed(self) -> None:
+        lines = export_lines(plan_of(["up"], [], "tensorwise"), "megatron")
+        assert "# timed: tensorwise of torchao, eager; not Transformer" in "\n".join(
+            lines
+        )
+
+    def test_rowwise_is_none_of_its_recipes(self) -> None:
+        with pytest.raises(ExportError, match="megatron knows tensorwise, blockwise"):
+            export_lines(plan_of(*NAMES), "megatron")
+
+    @settings(max_examples=200, deadline=None)
+    @given(
+        st.dictionaries(
+            st.lists(
+                st.sampled_from(["layers", "0", "1", "10", "wq", "w[1]", "w*", "mlp"]),
+                min_size=1,
+                max_size=5,
+            ).map(".".join),
+            st.booleans(),
+            min_size=1,
+            max_size=20,
+        )
+    )
+    def test_the_order_of_matchers_chooses_the_plans_verdicts(
+        self, wanted: dict[str, bool]
+    ) -> None:
+        converted = [x for x, yes in wanted.items() if yes]
+        plan = plan_of(
+            converted, [x for x in wanted if x not in converted], "blockwise"
+        )
+        text = "\n".join(export_lines(plan, "megatron"))
+        assert self.chosen(text, list(wanted)) == {
+            x: "converted" if yes else "reference" for x, yes in wanted.items()
+        }
