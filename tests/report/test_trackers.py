@@ -95,6 +95,7 @@ def stored_value(data, name):
 def test_wandb_holds_the_table_the_speedups_and_the_plan(auto, offline, tmp_path):
     auto.report().log_to(offline)
     offline.finish()
+    wandb.teardown()  # the process behind it writes until it ends
     (log,) = tmp_path.rglob("*.wandb")  # what `wandb sync` sends
     data = log.read_bytes()
     assert stored_value(data, "fp8tune/converted_share") == 0.5
