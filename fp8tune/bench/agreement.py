@@ -195,7 +195,7 @@ def _profile(clock: CudaClock, work: Replay) -> tuple[list[float], list[Kernel]]
     for _ in range(_ATTEMPTS):
         with_gaps = clock.with_gaps
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             times = clock.time_ms([work] * _REPEATS)
         if clock.with_gaps == with_gaps:
             break

@@ -92,7 +92,9 @@ def _profile(name: str, reference: Work, candidate: Work) -> bytes:
     activities = wanted & set(torch.profiler.supported_activities())
     # On a thread of its own, backward would lie outside of the range.
     own_thread = torch.autograd.set_multithreading_enabled(False)
-    with own_thread, profile(activities=activities, record_shapes=True) as profiler:
+    # torch 2.11 warns where events are not to be accumulated, of which there are none.
+    profiled = profile(activities=activities, record_shapes=True, acc_events=True)
+    with own_thread, profiled as profiler:
         for _ in range(_REPEATS):
             for work, role in ((reference, REFERENCE), (candidate, _CANDIDATE)):
                 with record_function(f"{_RANGE}{name}::{role}"):
