@@ -24,6 +24,7 @@ from fp8tune.decision.records import Verdict
 from fp8tune.report.columns import paragraph
 from fp8tune.report.describe import describe_signature, sizes_words
 from fp8tune.report.trial_story import role_of, trial_sentences
+from fp8tune.report.watch import watch_sentences
 from fp8tune.store.codec import encode
 
 if TYPE_CHECKING:
@@ -69,20 +70,24 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
         if measured or not sizes_words(decision)
     ]
     first = [*_opening(layer, decision), *_range(decision)]
-    last, tried = _ending(alone, run), trial_sentences(run.trial, alone, decision)
+    fallen = next((x for x in run.fallen if x.fqn == layer.fqn), None)
+    last, watched = _ending(alone, run), watch_sentences(fallen)
+    tried = trial_sentences(run.trial, alone, run.at_freeze[index])
     lines = [x for text in heading_lines(run, len(runs)) for x in _wrap(text, screen)]
     lines += ["", *_wrap(" ".join(first), screen)]
     for story in stories:
         lines += ["", *_wrap(_told(story, run), screen), *_histogram(story, screen)]
-    for text in (last, " ".join(tried)):
+    for text in (last, " ".join(tried), " ".join(watched)):
         lines += ["", *_wrap(text, screen)] if text else []
-    sentences = [*first, *(_told(story, run) for story in stories), last, *tried]
+    told = [_told(story, run) for story in stories]
+    sentences = [*first, *told, last, *tried, *watched]
     data = {
         "cache": arguments.cache,
         "run": run_data(run),
         "layer": {"fqn": name_of(layer.fqn)} | layer_data(decision),
         "signatures": [_story_data(story) for story in stories],
         "trial": _trial_data(run, layer.fqn),
+        "fallen": fallen and encode(fallen),
         "sentences": sentences,
     }
     return Answer(lines, data)

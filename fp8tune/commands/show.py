@@ -30,6 +30,7 @@ from fp8tune.report.table import (
     words,
 )
 from fp8tune.report.trials import trial_lines
+from fp8tune.report.watch import watch_lines
 from fp8tune.store.codec import encode
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def answer(arguments: argparse.Namespace, screen: Screen) -> Answer:
             | {
                 "layers": [_row_data(x) for x in rows],
                 "trial": [encode(x) for x in run.plan.trials],
+                "fallen": [encode(x) for x in run.fallen],
             }
             for run, rows in tables
         ]
@@ -111,6 +113,7 @@ def _run_lines(
     heading = heading_lines(run, number_of_runs)
     summary = summary_line(run.decisions, run.key.label)
     ranges = range_lines((pattern, decision) for pattern, _, decision in rows)
+    watched = watch_lines(run.fallen)
     colours = [_colour(x) for *_, x in rows]
     table = column_lines(
         _COLUMNS,
@@ -123,7 +126,7 @@ def _run_lines(
         "",
         *table,
         *paragraph(summary, screen.width),
-        *(line for text in ranges for line in paragraph(text, screen.width)),
+        *(line for text in ranges + watched for line in paragraph(text, screen.width)),
         *trial_lines(run.plan, screen.width),
     ]
 

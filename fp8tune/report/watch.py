@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from fp8tune.decision.watched import Fallen
 
 __all__ = [
     "ITERATOR",
@@ -15,8 +17,11 @@ __all__ = [
     "checked_line",
     "failed",
     "fallen_line",
+    "remembered_line",
     "stopped_line",
     "unseen_line",
+    "watch_lines",
+    "watch_sentences",
 ]
 
 # The worst are named.
@@ -47,6 +52,46 @@ def fallen_line(
         f"the accuracy of {len(worst)} converted layers fell below min_sqnr_db="
         f"{least_db:g}, {step} steps after the freeze: {named}{more}. {ending}"
     )
+
+
+def remembered_line(names: Sequence[str]) -> str:
+    """Layers that a run with a cached plan leaves in high precision from the start."""
+    return (
+        f"the accuracy of {_listed(names)} fell in an earlier run, as the cache knows: in "
+        "high precision from the start; auto.retune() or `fp8tune forget` begin anew"
+    )
+
+
+def watch_lines(fallen: Iterable[Fallen]) -> list[str]:
+    """Below a table of a run: what its checks found, the same of several layers once."""
+    alike: dict[str, list[str]] = {}
+    for x in fallen:
+        alike.setdefault(_found(x), []).append(x.fqn)
+    return [f"{_listed(names)}: {found}" for found, names in alike.items()]
+
+
+def watch_sentences(fallen: Fallen | None) -> list[str]:
+    """What a check found of one layer, as the end of its story."""
+    if fallen is None:
+        return []
+    ending = (
+        "It went back to high precision, and later runs with this cache begin so"
+        if fallen.reverted
+        else "It stayed converted, since on_quality was 'warn'"
+    )
+    return [f"While it trained, {_found(fallen)}.", f"{ending}."]
+
+
+def _found(fallen: Fallen) -> str:
+    return (
+        f"{fallen.steps} steps after the freeze a check found an SQNR of "
+        f"{fallen.sqnr_db:.1f} dB, below min_sqnr_db={fallen.least_db:g}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    said = ", ".join(x or "the model itself" for x in names[:_NAMED])
+    return said + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 STAYS = "They stay converted; on_quality='revert' would take them back"

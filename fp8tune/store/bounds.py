@@ -12,9 +12,16 @@ from fp8tune.decision.coverage import Coverage
 from fp8tune.decision.folding import without_numbers
 from fp8tune.decision.records import Layer, Measurement, Signature
 from fp8tune.decision.trials import GATHER, MOST_STEPS, TrialRecord
+from fp8tune.decision.watched import Fallen
 from fp8tune.errors import CacheError
 
-__all__ = ["check_date", "check_environment", "check_measurement", "check_run"]
+__all__ = [
+    "check_date",
+    "check_environment",
+    "check_fallen",
+    "check_measurement",
+    "check_run",
+]
 
 # Integers up to here are floats too, so that no sum or product overflows.
 _LARGEST = 2**53
@@ -120,6 +127,23 @@ def check_run(
         counts = [coverage.candidates, *(flops for _, flops in coverage.rest)]
         fits = all(0 <= x <= _MOST_FLOPS for x in counts)
         _require("FLOPs", tuple(counts), fits, "at least 0")
+
+
+def check_fallen(fallen: tuple[Fallen, ...], layers: tuple[Layer, ...]) -> None:
+    """Refuse checks of the accuracy that no run of these layers can have made.
+
+    Raises:
+        CacheError: says what was found and what was expected.
+    """
+    names = tuple(x.fqn for x in fallen)
+    candidates = {x.fqn for x in layers if x.reason is None}
+    once = len(set(names)) == len(names) and candidates.issuperset(names)
+    _require("layers that fell", names, once, "candidates of the run, each once")
+    for x in fallen:
+        inside = -_LARGEST_DB <= x.sqnr_db < x.least_db
+        found = (x.sqnr_db, x.least_db)
+        _require("SQNR, min_sqnr_db", found, inside, "dB, the first below the second")
+        _require("steps", x.steps, 0 <= x.steps <= _LARGEST, "at least 0")
 
 
 def _check_calls(k: int, n: int, calls: tuple[tuple[Signature, int], ...]) -> None:

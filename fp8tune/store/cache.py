@@ -6,12 +6,13 @@ it, or with the disk, costs a warning and some timing, never the training run.
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 
 from fp8tune.decision.coverage import Coverage
 from fp8tune.decision.records import Layer, Measurement, Signature
 from fp8tune.decision.trials import TrialRecord
+from fp8tune.decision.watched import Fallen
 from fp8tune.errors import CacheError
 from fp8tune.store.codec import encode
 from fp8tune.store.contents import Contents, Key, Recorded, without_calls
@@ -76,6 +77,11 @@ class Cache:
         run = self._contents.runs.get((key, without_calls(layers)))
         return run and run.coverage
 
+    def fallen(self, key: Key, layers: tuple[Layer, ...]) -> tuple[Fallen, ...]:
+        """Which layers lost their accuracy while the same model's latest run trained."""
+        run = self._contents.runs.get((key, without_calls(layers)))
+        return run.fallen if run else ()
+
     def explain_miss(self, key: Key, layers: tuple[Layer, ...]) -> str:
         """One line that says how the nearest recorded run differs from this one.
 
@@ -121,6 +127,35 @@ class Cache:
             contents.add(key, run, measurements)
             return pruned(contents)
 
+        self._update(change)
+
+    def save_fallen(
+        self, key: Key, models: Collection[tuple[Layer, ...]], fallen: Iterable[Fallen]
+    ) -> None:
+        """Add to the runs of these models which of their layers lost their accuracy.
+
+        Args:
+            key: what they were made under.
+            models: layers without calls; of one that has no run nothing is saved.
+            fallen: what is said of a layer replaces what was said before.
+        """
+        known = {x.fqn: x for x in fallen}
+
+        def change(contents: Contents) -> Contents:
+            for model in models:
+                run = contents.runs.get((key, model))
+                names = {x.fqn for x in model if x.reason is None}
+                new = {fqn: x for fqn, x in known.items() if fqn in names}
+                if run and new:
+                    every = {x.fqn: x for x in run.fallen} | new
+                    contents.add_run(
+                        key, run._replace(fallen=tuple(every.values()), saved=_now())
+                    )
+            return contents
+
+        self._update(change)
+
+    def _update(self, change: Callable[[Contents], Contents]) -> None:
         try:
             self._contents = self._place.update(change)
         except Exception as problem:  # noqa: BLE001 - file systems raise what they like

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from fp8tune.decision.coverage import Coverage
 from fp8tune.decision.records import Layer, Measurement, Signature
 from fp8tune.decision.trials import TrialRecord
+from fp8tune.decision.watched import Fallen
 from fp8tune.errors import CacheError
 from fp8tune.store.bounds import check_environment
 from fp8tune.store.codec import decode
@@ -29,7 +30,8 @@ FORMAT = "fp8tune-cache"
 #   2: runs say when they were saved, measurements how busy the machine was.
 #   3: runs say what candidates are of the step's matrix products, and trials what roles
 #      saved and their steps.
-FORMAT_VERSION = 3
+#   4: runs say which layers lost their accuracy while they trained.
+FORMAT_VERSION = 4
 
 # (version, table, record in its rows, field, what stands for it in files before).
 _ADDED: tuple[tuple[int, str, str | None, str, Any], ...] = (
@@ -38,6 +40,7 @@ _ADDED: tuple[tuple[int, str, str | None, str, Any], ...] = (
     (3, "runs", None, "coverage", None),
     (3, "runs", "trial", "roles", []),
     (3, "runs", "trial", "steps", {"first": 0, "plans": [], "ms": []}),
+    (4, "runs", None, "fallen", []),
 )
 
 T = TypeVar("T")
@@ -62,6 +65,7 @@ class _Run:
     trial: TrialRecord | None
     saved: str
     coverage: Coverage | None
+    fallen: tuple[Fallen, ...]
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def pack(contents: Contents) -> bytes:
             run.trial,
             run.saved,
             run.coverage,
+            run.fallen,
         )
         for (key, model), run in contents.runs.items()
     )
@@ -211,7 +216,7 @@ class _Unpacking:
         found = decode(_Run, row, at)
         key = _pick(self._keys, found.key, f"{at}.key")
         layers = tuple([self._layer(x, f"{at}.layers") for x in found.layers])
-        run = Recorded(layers, found.trial, found.saved, found.coverage)
+        run = Recorded(layers, found.trial, found.saved, found.coverage, found.fallen)
         self.contents.add_run(key, run)
 
     def _layer(self, indexes: tuple[int, int], at: str) -> Layer:

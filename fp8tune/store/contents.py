@@ -9,7 +9,8 @@ from fp8tune.decision.gemms import base_of, is_part
 from fp8tune.decision.kinds import missing_m, sizes_of, work_of
 from fp8tune.decision.records import Layer, Measurement, Signature
 from fp8tune.decision.trials import TrialRecord
-from fp8tune.store.bounds import check_measurement, check_run
+from fp8tune.decision.watched import Fallen
+from fp8tune.store.bounds import check_fallen, check_measurement, check_run
 
 __all__ = ["Contents", "Key", "Recorded", "without_calls"]
 
@@ -77,12 +78,14 @@ class Recorded(NamedTuple):
         trial: how the trial of whole plans ended, or None if there was none.
         saved: when, in UTC, as "2026-01-31T12:00:00.000000+00:00"; "" if nobody said.
         coverage: what candidates are of its matrix products, or None if nobody counted.
+        fallen: layers whose accuracy fell later, while it trained.
     """
 
     layers: tuple[Layer, ...]
     trial: TrialRecord | None = None
     saved: str = ""
     coverage: Coverage | None = None
+    fallen: tuple[Fallen, ...] = ()
 
 
 @dataclass
@@ -163,6 +166,7 @@ class Contents:
             CacheError: it is impossible.
         """
         check_run(run.layers, run.trial, run.coverage)
+        check_fallen(run.fallen, run.layers)
         model = without_calls(run.layers)
         self.runs.pop((key, model), None)  # so that the latest run comes last
         self.runs[key, model] = run

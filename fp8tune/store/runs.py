@@ -11,6 +11,7 @@ from fp8tune.decision.decisions import Decisions, verdicts_after
 from fp8tune.decision.kinds import kind_of, sizes_of
 from fp8tune.decision.records import Layer
 from fp8tune.decision.trials import NONE_NEEDED
+from fp8tune.decision.watched import decisions_after_checks
 from fp8tune.store.places import place_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fp8tune.decision.coverage import Coverage
     from fp8tune.decision.records import Decision, Measurement, Signature
     from fp8tune.decision.trials import TrialRecord
+    from fp8tune.decision.watched import Fallen
     from fp8tune.store.contents import Key
 
 __all__ = ["Run", "load_runs"]
@@ -38,6 +40,7 @@ class Run:
         config: what it is decided with.
         trial: how its whole training steps ended, or None if there was no trial.
         coverage: what candidates are of its matrix products, or None if nobody counted.
+        fallen: layers whose accuracy fell later, while it trained.
     """
 
     number: int
@@ -47,6 +50,7 @@ class Run:
     config: TuneConfig
     trial: TrialRecord | None = None
     coverage: Coverage | None = None
+    fallen: tuple[Fallen, ...] = ()
 
     @cached_property
     def alone(self) -> tuple[Decision, ...]:
@@ -55,7 +59,12 @@ class Run:
 
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:
-        """The same as the run ended: with the verdicts of its trial, if it had one."""
+        """The same as the run ended: after its trial, and after checks of its accuracy."""
+        return decisions_after_checks(self.at_freeze, self.fallen)
+
+    @cached_property
+    def at_freeze(self) -> tuple[Decision, ...]:
+        """The same with the verdicts of its trial, if it had one."""
         if self.trial is None:
             return self.alone
         return verdicts_after(self.alone, self.trial, self.key.label)
@@ -151,6 +160,7 @@ def load_runs(path: str | os.PathLike[str], config: TuneConfig) -> list[Run]:
             config,
             None if run.trial == NONE_NEEDED else run.trial,
             run.coverage,
+            run.fallen,
         )
         for number, ((key, _), run) in enumerate(contents.runs.items(), 1)
     ]

@@ -13,6 +13,7 @@ from fp8tune.decision.gemms import base_of, is_part
 from fp8tune.decision.kinds import kind_of, sizes_of
 from fp8tune.decision.records import Layer, Measurement, Signature
 from fp8tune.decision.trials import TrialRecord
+from fp8tune.decision.watched import Fallen
 from fp8tune.errors import RankMismatchError
 from fp8tune.ranks.consensus import (
     RankTable,
@@ -129,6 +130,15 @@ class SharedCache:
     def coverage(self, layers: tuple[Layer, ...]) -> Coverage | None:
         """What candidates are of the matrix products, as the latest run counted it."""
         return self._cache.coverage(self._key, layers) if self._cache else None
+
+    def fallen(self, layers: tuple[Layer, ...]) -> tuple[Fallen, ...]:
+        """Which layers lost their accuracy while the latest run trained."""
+        return self._cache.fallen(self._key, layers) if self._cache else ()
+
+    def remember_fallen(self, fallen: Iterable[Fallen]) -> None:
+        """Save with every rank's layers which of them lost their accuracy."""
+        if self._cache and self._ranks.first:
+            self._cache.save_fallen(self._key, set(self._layers), fallen)
 
     def remember(
         self, tables: Sequence[RankTable], measurements: Iterable[Measurement]

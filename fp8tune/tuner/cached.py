@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fp8tune.decision.decisions import after_trial
 from fp8tune.decision.kinds import missing_m, sizes_of, work_of
 from fp8tune.decision.trials import NONE_NEEDED
+from fp8tune.decision.watched import decisions_after_checks, still_fallen
+from fp8tune.report.watch import remembered_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from fp8tune.decision.records import Layer, Measurement, Signature
     from fp8tune.decision.trials import TrialRecord
+    from fp8tune.decision.watched import Fallen
     from fp8tune.plan.plan import Plan
     from fp8tune.recipes.recipe import Recipe
     from fp8tune.recipes.registry import Recipes
     from fp8tune.store.cache import Key
     from fp8tune.store.shared_cache import SharedCache
 
-__all__ = ["from_cache", "tried"]
+__all__ = ["from_cache", "tried", "without_fallen"]
+
+logger = logging.getLogger("fp8tune")
 
 
 def from_cache(
@@ -65,3 +72,22 @@ def tried(plan: Plan, trial: TrialRecord | None, wanted: int | str) -> Plan | No
     if trial == NONE_NEEDED:
         return plan if wanted == "auto" else None
     return after_trial(plan, trial) if trial else None
+
+
+def without_fallen(
+    plan: Plan, fallen: Iterable[Fallen], least_db: float | None, *, said: bool
+) -> Plan:
+    """The plan without the layers that lost their accuracy in an earlier run.
+
+    Args:
+        plan: as that run began with it.
+        fallen: what its checks found.
+        least_db: this run's ``min_sqnr_db``, or None to go by the earlier run's.
+        said: log which they are.
+    """
+    known = still_fallen(fallen, least_db)
+    decisions = decisions_after_checks(plan.decisions, known)
+    left = {x.fqn for x in known if x.reverted}.intersection(plan.converted_fqns)
+    if left and said:
+        logger.info("%s", remembered_line(sorted(left)))
+    return replace(plan, decisions=decisions)

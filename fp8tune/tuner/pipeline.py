@@ -9,7 +9,7 @@
 """
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from fp8tune.decision.decide import decide
 from fp8tune.decision.decisions import with_uncounted
 from fp8tune.decision.records import Layer, Measurement
 from fp8tune.decision.trials import NONE_NEEDED, TrialRecord
+from fp8tune.decision.watched import Fallen
 from fp8tune.model.candidates import Candidate
 from fp8tune.model.capture import Capture
 from fp8tune.model.layers import layer_of
@@ -41,7 +42,7 @@ from fp8tune.store.shared_cache import SharedCache
 from fp8tune.timing.clock import Clock
 from fp8tune.timing.clocks import clock_for_steps
 from fp8tune.timing.memory import default_capture_bytes
-from fp8tune.tuner.cached import tried
+from fp8tune.tuner.cached import tried, without_fallen
 from fp8tune.tuner.checks import warn_of_no_common_trial
 from fp8tune.tuner.conversions import Conversions, without_lost
 from fp8tune.tuner.measuring import Measuring
@@ -197,12 +198,14 @@ class Pipeline:
         if found is None:
             return None
         plan = self._plan(found, self._cache.of_run(), self._cache.coverage(found))
-        if not self.trial_steps:
-            return plan
-        trial = self._cache.trial(found)
-        if trial != NONE_NEEDED:
-            self.run = self.run and replace(self.run, trial=trial)
-        return tried(plan, trial, self._options.config.trial_steps)
+        if self.trial_steps:
+            trial = self._cache.trial(found)
+            if trial != NONE_NEEDED:
+                self.run = self.run and replace(self.run, trial=trial)
+            plan = tried(plan, trial, self._options.config.trial_steps)
+        least_db, said = self._options.config.min_sqnr_db, self._ranks.first
+        fallen = self._cache.fallen(found)
+        return plan and without_fallen(plan, fallen, least_db, said=said)
 
     def _plan(
         self,
@@ -268,6 +271,10 @@ class Pipeline:
         assert self.run is not None
         self.run = replace(self.run, trial=trial)
         self._cache.remember_trial(self.run.layers, trial, self.run.coverage)
+
+    def remember_fallen(self, fallen: Iterable[Fallen]) -> None:
+        """Save which layers lost their accuracy, for the next run."""
+        self._cache.remember_fallen(fallen)
 
     def convert(self, fqns: Collection[str]) -> None:
         """Make exactly these candidates converted and the others plain."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fp8tune.compiling.dynamo import allow_compilations
 from fp8tune.config import OnQuality
-from fp8tune.decision.watched import Fallen, after_check, lowest
+from fp8tune.decision.watched import Fallen, decisions_after_checks, lowest
 from fp8tune.model.copies import guard_copies
 from fp8tune.model.graph_capture import GraphCapture
 from fp8tune.model.no_trace import without_trace
@@ -135,7 +135,7 @@ class Watch:
             return
         wait = self._ranks.size == 1 or not joining()
         met = self._ranks.meet(
-            lambda: self._check(call, args, kwargs),
+            lambda: self._check(step, partial(call, *args, **kwargs), (args, kwargs)),
             "a check of the accuracy",
             wait=wait,
         )
@@ -143,15 +143,20 @@ class Watch:
             self._next = step + self._every
             self._judge(step, met)
 
-    def _check(self, call: Callable[..., Any], args: Any, kwargs: Any) -> _Check:
-        if any(isinstance(x, Iterator) for x in tree_leaves((args, kwargs))):
+    def _check(self, step: int, run: Callable[[], object], inputs: Any) -> _Check:
+        if any(isinstance(x, Iterator) for x in tree_leaves(inputs)):
             return _Check((), messages.ITERATOR)
         try:
-            self._found = self._measure(partial(call, *args, **kwargs))
+            self._found = self._measure(run)
         except Exception as error:  # noqa: BLE001 - watching must not end training
             return _Check((), messages.failed(error))
-        fallen = [Fallen(x, db) for x, db in self._found.items() if db < self._least_db]
-        return _Check(tuple(sorted(fallen)), None)
+        least, reverts = self._least_db, self._reverts
+        fallen = [
+            Fallen(fqn, db, least, step, reverts)
+            for fqn, db in self._found.items()
+            if db < least
+        ]
+        return _Check(lowest(fallen), None)
 
     def _measure(self, run: Callable[[], object]) -> dict[str, float]:
         budget = self._options.config.capture_bytes
@@ -182,6 +187,10 @@ class Watch:
         assert least is not None
         return least
 
+    @property
+    def _reverts(self) -> bool:
+        return self._options.config.on_quality is OnQuality.REVERT
+
     def _judge(self, step: int, checks: list[_Check]) -> None:
         problem = next((x.problem for x in checks if x.problem), None)
         if problem:
@@ -194,19 +203,22 @@ class Watch:
         else:
             self._say(logging.INFO, messages.checked_line(step, self._found))
 
-    def _act(self, step: int, fallen: dict[str, float]) -> None:
-        reverts = self._options.config.on_quality is OnQuality.REVERT
+    def _act(self, step: int, fallen: tuple[Fallen, ...]) -> None:
+        reverts = self._reverts
         compiled = self._options.compile is not False
         ending = messages.STAYS
         if reverts:
             ending = messages.RECOMPILES if compiled else messages.REVERTED
-        line = messages.fallen_line(step, fallen, self._least_db, ending)
+        found = {x.fqn: x.sqnr_db for x in fallen}
+        line = messages.fallen_line(step, found, self._least_db, ending)
         self._say(logging.WARNING, line)
-        self._plan = after_check(self._plan, fallen, step, reverted=reverts)
+        decisions = decisions_after_checks(self._plan.decisions, fallen)
+        self._plan = replace(self._plan, decisions=decisions)
         if reverts:
             if compiled:
                 allow_compilations(_COMPILATIONS * len(fallen))
             self._pipeline.convert(self._plan.switched_on)
+        self._pipeline.remember_fallen(fallen)
         self._changed(self._plan)
 
     def _optimizer_stepped(self, since_pass: int) -> None:

@@ -26,14 +26,15 @@ from fp8tune.decision.load import GpuLoad, Load
 from fp8tune.decision.reasons import Reason
 from fp8tune.decision.records import Layer, Measurement, Shape, Signature
 from fp8tune.decision.trials import RoleGain, TrialRecord, TrialResult, TrialSteps
+from fp8tune.decision.watched import Fallen
 from fp8tune.errors import CacheError
-from fp8tune.store.bounds import check_run
+from fp8tune.store.bounds import check_fallen, check_run
 from fp8tune.store.cache import Cache, Key
 from fp8tune.store.cache_file import FORMAT_VERSION
 from fp8tune.store.sealing import UNSEALED
 
 DATA = Path(__file__).parents[1] / "data"
-GOLDEN = DATA / "cache-v3.json"
+GOLDEN = DATA / "cache-v4.json"
 SAVED = "2026-01-31T12:00:00.000000+00:00"
 NOBODY = 65534
 COVERAGE = Coverage(3_221_225_472, (("attention", 268_435_456),))
@@ -92,6 +93,7 @@ TRIAL = TrialRecord(
         (900.0, 800.0, 11.5, 10.5, 11.0, 10.0, 10.125, 11.25, 10.75, 9.875),
     ),
 )
+FELL = Fallen("layers.1.wq", 12.5, 20.0, 3000, reverted=True)
 
 
 @pytest.fixture
@@ -375,6 +377,42 @@ def test_a_file_of_format_version_3_is_read_for_ever(warnings):
     assert warnings() == []
 
 
+def test_a_file_of_format_version_4_is_read_for_ever(warnings):
+    cache = Cache(DATA / "cache-v4.json")
+    assert_full_hit(cache)
+    assert cache.trial(KEY, RUN) == TRIAL
+    assert cache.fallen(KEY, MODEL) == (FELL,)
+    assert warnings() == []
+
+
+def test_what_fell_is_kept_with_its_run_until_the_next_one(filled):
+    cache = Cache(filled)
+    other = replace(FELL, fqn="layers.0.wq", reverted=False)
+    cache.save_fallen(KEY, [MODEL], [FELL, replace(FELL, fqn="lm_head")])
+    cache.save_fallen(KEY, [MODEL, MODEL[:1]], [other])
+    assert set(Cache(filled).fallen(KEY, RUN)) == {FELL, other}
+    assert Cache(filled).layers(KEY, MODEL) == RUN
+    assert cache.fallen(replace(KEY, timing="compiled"), RUN) == ()
+    cache.save(KEY, RUN, MEASURED)
+    assert Cache(filled).fallen(KEY, RUN) == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fqn": "lm_head"}, "layers that fell: found 'lm_head', expected candidates"),
+        ({"sqnr_db": 20.0}, "found 20.0, 20.0, expected dB, the first below"),
+        ({"sqnr_db": -201.0}, "found -201.0, 20.0, expected dB"),
+        ({"steps": -1}, "steps: found -1, expected at least 0"),
+    ],
+)
+def test_impossible_checks_of_the_accuracy_are_refused(wrong, message):
+    with pytest.raises(CacheError, match=message):
+        check_fallen((replace(FELL, **wrong),), RUN)
+    with pytest.raises(CacheError, match="each once"):
+        check_fallen((FELL, FELL), RUN)
+
+
 def test_a_trial_of_format_version_2_keeps_its_verdicts(path, warnings):
     document = json.loads(GOLDEN.read_text())
     document["version"] = 2
@@ -429,7 +467,9 @@ def test_the_format_page_tells_the_current_version():
 
 def test_the_same_entries_make_the_same_file(path, monkeypatch):
     monkeypatch.setattr(fp8tune.store.cache, "_now", lambda: SAVED)
-    Cache(path).save(KEY, RUN, MEASURED, TRIAL, COVERAGE)
+    cache = Cache(path)
+    cache.save(KEY, RUN, MEASURED, TRIAL, COVERAGE)
+    cache.save_fallen(KEY, [MODEL], [FELL])
     assert path.read_bytes() == GOLDEN.read_bytes()
 
 
@@ -478,8 +518,8 @@ def test_one_changed_byte_anywhere_is_noticed_and_kept(filled, warnings):
 
 
 WRONG_FILES = [
-    ('"version": 3', '"version": 4', "version: found 4, expected 1 or 2 or 3"),
-    ('"version": 3', '"version": true', "version: found True, expected an integer"),
+    ('"version": 4', '"version": 5', "version: found 5, expected 1 or 2 or 3"),
+    ('"version": 4', '"version": true', "version: found True, expected an integer"),
     ("fp8tune-cache", "fp8tune-plan", "format: found 'fp8tune-plan', expected 'fp8"),
     ('"runs": ', '"races": ', "the top level: found unknown keys 'races' without"),
 ]

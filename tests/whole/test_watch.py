@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fp8tune import AutoFloat8, Plan, StaticFilter, TuneConfig
+from fp8tune.commands.cli import main
 from fp8tune.decision.reasons import Reason
 from fp8tune.errors import ConfigError
 from fp8tune.timing.cpu_clock import CpuClock
@@ -23,7 +27,6 @@ from tests.helpers import graph_texts, hooks_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from fp8tune.timing.clock import Work
     from tests.conftest import Ranks
@@ -138,6 +141,78 @@ def test_warn_only_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert auto.plan.converted_fqns == ["first", "second"]
     assert auto.plan["first"].sqnr_db < 15
     assert "on_quality='revert' would take them back" in caplog.text
+
+
+def again(cache: str, **settings: Any) -> AutoFloat8:
+    """A later run with the cache, frozen."""
+    auto = watching(Drifting(), settings=WATCH | settings, cache=cache)
+    Training(auto).run(2)
+    assert auto.frozen
+    return auto
+
+
+@pytest.mark.parametrize("kind", ["file", "store"])
+def test_a_later_run_begins_with_the_layer_in_high_precision(
+    kind: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    path = tmp_path / "cache.json"
+    cache = str(path) if kind == "file" else (tmp_path / "store").as_uri()
+    first = drifted(3, 4, settings={"watch_every": 2}, cache=cache)
+    caplog.set_level(logging.INFO, "fp8tune")
+    later = again(cache)
+    assert later.plan == first.plan
+    assert type(later.module.first) is nn.Linear
+    assert "the accuracy of first fell in an earlier run" in caplog.text
+    # One that allows less converts it; without a threshold that of the first run counts.
+    assert "first" in again(cache, min_sqnr_db=-150).plan.converted_fqns
+    unwatched = again(cache, min_sqnr_db=None, watch_every=0)
+    assert unwatched.plan.converted_fqns == ["second"]
+    later.retune()
+    Training(later).run(2)
+    assert later.plan.converted_fqns == ["first", "second"]
+    assert "first" in again(cache).plan.converted_fqns
+
+
+def test_what_was_only_warned_of_stays_converted_in_a_later_run(tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache.json")
+    settings = {"watch_every": 2, "on_quality": "warn"}
+    first = drifted(3, 4, settings=settings, cache=cache)
+    later = again(cache, on_quality="warn")
+    assert later.plan == first.plan
+    assert later.plan.converted_fqns == ["first", "second"]
+    assert "below min_sqnr_db=15" in later.plan["first"].detail
+
+
+@pytest.mark.parametrize("on_quality", ["revert", "warn"])
+def test_show_and_explain_tell_what_fell(
+    on_quality: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "cache.json")
+    settings = {"watch_every": 2, "on_quality": on_quality}
+    sqnr_db = drifted(3, 2, settings=settings, cache=cache).plan["first"].sqnr_db
+    found = (
+        f"2 steps after the freeze a check found an SQNR of {sqnr_db:.1f} dB, below "
+        "min_sqnr_db=15"
+    )
+    assert main(["show", cache]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"first: {found}" in shown
+    assert ("accuracy fell" in shown) is (on_quality == "revert")
+    assert main(["explain", cache, "first"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"While it trained, {found}." in told
+    ending = {
+        "revert": "went back to high precision, and later runs with this cache begin so",
+        "warn": "stayed converted, since on_quality was 'warn'",
+    }
+    assert f"It {ending[on_quality]}." in told
+    assert main(["explain", cache, "second", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fallen"] is None
+    for command in (["show", cache], ["explain", cache, "first"]):
+        assert main([*command, "--json"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        schema = Path(__file__).parents[2] / "docs" / "schema" / f"{command[0]}.json"
+        jsonschema.validate(data, json.loads(schema.read_text()))
 
 
 def test_what_stays_accurate_stays_converted(caplog: pytest.LogCaptureFixture) -> None:
