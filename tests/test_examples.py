@@ -75,7 +75,7 @@ def test_the_second_run_finds_the_plan_of_the_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(160)
+@pytest.mark.timeout(240)
 def test_float8_is_emulated_on_a_cpu_and_it_is_said(tmp_path: Path) -> None:
     cache = str(tmp_path / "cache.json")
     # The plan freezes after the last of three steps.
@@ -112,7 +112,7 @@ def heeded_ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("heeded_ctrl_c")
-@pytest.mark.timeout(160)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("line", ["candidates for bf16", "[1/4]"])
 def test_ctrl_c(line: str, tmp_path: Path) -> None:
     command = [sys.executable, DEMO, "--device", "cpu", "--steps", "1000000"]

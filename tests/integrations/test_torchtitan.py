@@ -52,7 +52,6 @@ def names_of(step: dict[str, str], kind: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.timeout(120)
 def test_run_1_tunes_in_torchtitans_trainer(folder: Path) -> None:
     plan = Plan.load(folder / "plan.json")
     steps = json.loads((folder / "runs.json").read_text())["profile"]
@@ -70,7 +69,6 @@ def test_run_1_tunes_in_torchtitans_trainer(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.timeout(120)
 def test_run_2_trains_the_plans_layers_in_float8(folder: Path) -> None:
     plan = Plan.load(folder / "plan.json")
     steps = json.loads((folder / "runs.json").read_text())["replay"]

@@ -156,7 +156,6 @@ def until_none_fails(failures: Iterator[Container[int]]) -> list[FullMemory]:
 
 # Every second or fifth allocation, since the same few operations come again and again.
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 @pytest.mark.usefixtures("many_freezes")
 def test_any_one_allocation_may_fail() -> None:
     done = until_none_fails({k} for k in itertools.count(step=2))
