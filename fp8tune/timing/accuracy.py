@@ -24,15 +24,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fp8tune.decision.accuracy import Accuracy
-from fp8tune.recipes.casts import Casts
+from fp8tune.timing.casts import rows_that_fit, shares_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator
 
-    from fp8tune.recipes.casts import CastOperand
     from fp8tune.timing.replay import Replay
 
-__all__ = ["SQNR_LIMIT_DB", "accuracy_of"]
+__all__ = ["SQNR_LIMIT_DB", "accuracy_of", "decibels"]
 
 # Equal tensors have an infinite SQNR and NaN has none, neither of which is JSON. float32
 # against itself reaches 140 dB.
@@ -79,7 +78,7 @@ def _compared(replay: Replay, cells: int) -> tuple[Accuracy, float]:
             )
         )
         finite = all(map(_is_finite, (x, w, g)))
-        shares = _shares(replay, (x, w, g), cells) if finite else (None, None)
+        shares = shares_of(replay, (x, w, g), cells) if finite else (None, None)
     accuracy = Accuracy(
         output.sqnr_db, grad_input.sqnr_db, grad_weight.sqnr_db, *shares
     )
@@ -142,8 +141,8 @@ def _compare(
         return _Product(None, math.inf)
     signal = noise = peak = 0.0
     inner = a.shape[1]
-    columns = _part(cells // 3, inner, b.shape[1])
-    rows = _part(cells // 3, max(inner, columns), a.shape[0])
+    columns = rows_that_fit(cells // 3, inner, b.shape[1])
+    rows = rows_that_fit(cells // 3, max(inner, columns), a.shape[0])
     for j in range(0, b.shape[1], columns):
         right = b[:, j : j + columns].float()
         for i in range(0, a.shape[0], rows):
@@ -152,16 +151,11 @@ def _compare(
             peak = max(peak, -float(low) / largest, float(high) / largest)
             noise += _sum_of_squares(exact - found[i : i + rows, j : j + columns])
             signal += _sum_of_squares(exact)
-    return _Product(None if peak > _LIMIT else _decibels(signal, noise), peak)
+    return _Product(None if peak > _LIMIT else decibels(signal, noise), peak)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.isfinite().all())
-
-
-def _part(cells: int, width: int, length: int) -> int:
-    """How many of ``length`` rows of that width go into so many cells; at least one."""
-    return max(1, min(length, cells // max(1, width)))
 
 
 def _sum_of_squares(tensor: torch.Tensor) -> float:
@@ -169,7 +163,8 @@ def _sum_of_squares(tensor: torch.Tensor) -> float:
     return float(tensor.square_().sum(dtype=torch.float64))
 
 
-def _decibels(signal: float, noise: float) -> float:
+def decibels(signal: float, noise: float) -> float:
+    """SQNR in dB of these sums of squares, within +-SQNR_LIMIT_DB."""
     if noise == 0:
         return SQNR_LIMIT_DB
     if not math.isfinite(noise) or signal == 0:
@@ -178,57 +173,3 @@ def _decibels(signal: float, noise: float) -> float:
         return SQNR_LIMIT_DB
     decibels = 10 * (math.log10(signal) - math.log10(noise))
     return max(-SQNR_LIMIT_DB, min(SQNR_LIMIT_DB, decibels))
-
-
-class _Counts(NamedTuple):
-    nonzero: int
-    flushed: int
-    saturated: int
-
-
-def _shares(
-    replay: Replay,
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    cells: int,
-) -> tuple[float | None, float | None]:
-    """Underflow and saturation share, if the recipe says what it casts."""
-    if not isinstance(replay.recipe, Casts):
-        return None, None
-    signature = replay.signature
-    casts = replay.recipe.casts(
-        *operands, grad_input=signature.grad_input, grad_weight=signature.grad_weight
-    )
-    counts = [_count(part) for cast in casts for part in _parts(cast, cells)]
-    nonzero = sum(x.nonzero for x in counts)
-    if not nonzero:
-        return 0.0, 0.0
-    flushed, saturated = (sum(column) for column in list(zip(*counts, strict=True))[1:])
-    return flushed / nonzero, saturated / nonzero
-
-
-def _parts(cast: CastOperand, cells: int) -> Iterator[CastOperand]:
-    """The rows of an operand, so many at a time that their copies fit."""
-    step = _part(cells // 4, cast.values.shape[1], cast.values.shape[0])
-    for i in range(0, cast.values.shape[0], step):
-        part = slice(i, i + step)
-        scale = (
-            cast.scale[part] if cast.scale.dim() and len(cast.scale) > 1 else cast.scale
-        )
-        yield cast._replace(values=cast.values[part], scale=scale)
-
-
-def _count(cast: CastOperand) -> _Counts:
-    # Not in place: of float32 values, float() is the tensor itself.
-    scaled = (cast.values.float() * cast.scale).abs_()
-    limits = torch.finfo(cast.dtype)
-    kept = scaled.clamp(max=limits.max).to(cast.dtype).float()
-    nonzero = cast.values != 0
-    return _Counts(
-        int(nonzero.sum()),
-        int(((kept == 0) & nonzero).sum()),
-        int((scaled > limits.max * _ROUNDING).sum()),
-    )
-
-
-# A scale is itself rounded, so the largest value may come out a hair above the limit.
-_ROUNDING = 1 + 1e-5

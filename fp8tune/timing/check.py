@@ -14,8 +14,9 @@ from fp8tune.model.allocation import is_out_of_memory
 from fp8tune.model.called import signature_of
 from fp8tune.model.candidates import Sample
 from fp8tune.model.sharding import to_local
-from fp8tune.timing.accuracy import accuracy_of
+from fp8tune.timing.accuracy import accuracy_of, decibels
 from fp8tune.timing.apart import apart
+from fp8tune.timing.casts import noise_of_typical_lines
 from fp8tune.timing.replay import Operands, Replay
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ class Checked:
 def check_accuracy(
     layers: Sequence[Checked], run: Callable[[], object], budget_bytes: int
 ) -> dict[str, float]:
-    """The lowest SQNR of output and gradients of each layer that the forward calls.
+    """The lowest SQNR of each layer that the forward calls.
 
+    That of its output and gradients, or that of the typical row or column of its input
+    or weight as they are cast, which falls where an outlier leaves the others no range.
     Input and weight are those of the call; random numbers stand in for the gradient of
     the output, which a forward does not have.
 
@@ -110,7 +113,11 @@ def _worst_db(sample: Sample, recipe: Recipe, budget_bytes: int) -> float | None
     replay = Replay(Operands(sample), recipe, None)
     try:
         with torch.enable_grad():
-            return accuracy_of(replay, budget_bytes).worst_db
+            worst = accuracy_of(replay, budget_bytes).worst_db
+        if worst is None:  # as where the input holds inf or NaN
+            return None
+        noise = noise_of_typical_lines(replay, budget_bytes)
+        return worst if noise is None else min(worst, decibels(1.0, noise))
     except Exception as error:
         if is_out_of_memory(error) and torch.cuda.is_available():
             torch.cuda.empty_cache()

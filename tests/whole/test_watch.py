@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 
 class Drifting(nn.Module):
-    """Two layers; `drift` puts outliers of 1e4 where `first` has no weights."""
+    """Two layers; `drift` puts outliers of 1e4 where `first` has no weights, or has."""
+
+    answers = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +44,9 @@ class Drifting(nn.Module):
         self.norm = nn.BatchNorm1d(64)
         self.drop = nn.Dropout(0.1)
         self.second = nn.Linear(64, 64)
-        with torch.no_grad():
-            self.first.weight[:, 0] = 0
+        if not self.answers:
+            with torch.no_grad():
+                self.first.weight[:, 0] = 0
         self.drift = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +91,7 @@ def watching(model: nn.Module, **kwargs: Any) -> AutoFloat8:
     settings = {"min_sqnr_db": None, "watch_every": 0} | kwargs.pop("settings", {})
     return AutoFloat8(
         model,
-        recipe="tensorwise",
+        recipe=kwargs.pop("recipe", "tensorwise"),
         warmup_steps=1,
         clock=TwiceAsFast(),
         config=TuneConfig(
@@ -134,6 +137,24 @@ def test_a_layer_whose_input_drifts_is_reverted_at_the_next_check(
     assert "accuracy fell" in str(auto.report())
     auto.plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == auto.plan
+
+
+class Answering(Drifting):
+    """The outliers are nearly all of what `first` computes, and hide what is lost."""
+
+    answers = True
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_outliers_that_hide_the_others_in_the_sums_are_seen(recipe: str) -> None:
+    settings = WATCH | {"watch_every": 2}
+    auto = watching(Answering(), settings=settings, recipe=recipe)
+    training = Training(auto)
+    training.run(4)
+    auto.module.drift = True
+    training.run(3)
+    assert auto.plan.converted_fqns == ["second"]
+    assert auto.plan["first"].reason is Reason.ACCURACY_FELL
 
 
 def test_warn_only_says_so(caplog: pytest.LogCaptureFixture) -> None:
