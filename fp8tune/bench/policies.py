@@ -74,6 +74,7 @@ class Row:
         tuning_s: seconds until its plan was there, where it had to be measured.
         warm_up_s: seconds of those that compiled and warmed up single Linears.
         steps: training steps that tuning took.
+        tried: whole plans that were tried in those steps.
     """
 
     policy: str
@@ -85,6 +86,7 @@ class Row:
     tuning_s: float | None
     warm_up_s: float | None
     steps: int | None
+    tried: int | None
 
 
 @dataclass
@@ -116,6 +118,7 @@ class Choice:
     seconds: float | None = None
     warm_up_s: float | None = None
     steps: int | None = None
+    tried: int | None = None
 
 
 def compare_policies(workload: Workload, setting: Setting) -> Outcome:
@@ -262,7 +265,8 @@ def tune(
         steps += 1
     plan = auto.freeze()
     seconds = clock.now() - started
-    return Choice(PlanNames(plan.converted_fqns), seconds, stopwatch.warm_up_s, steps)
+    chosen = PlanNames(plan.converted_fqns)
+    return Choice(chosen, seconds, stopwatch.warm_up_s, steps, len(plan.trials))
 
 
 def _row(
@@ -283,6 +287,7 @@ def _row(
         choice.seconds,
         choice.warm_up_s,
         choice.steps,
+        choice.tried,
     )
 
 

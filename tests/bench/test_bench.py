@@ -165,6 +165,7 @@ def test_compiled_it_also_shows_what_layers_alone_would_choose(
     rows = {x.policy: x for x in outcome.rows}
     assert {"layers alone", "layers in context", "fp8tune"} < set(rows)
     assert rows["fp8tune"].steps > rows["layers alone"].steps
+    assert rows["fp8tune"].tried > rows["layers alone"].tried == 0
     assert outcome.plans == 8
 
 
