@@ -166,7 +166,7 @@ class Ranks:
         world: int,
         function: Callable[..., object],
         *arguments: object,
-        seconds: float = 30,
+        seconds: float = 60,
         dying: int = 0,
     ) -> dict[int, object]:
         """Each rank's answer, or its error as text; ranks that died have none.
@@ -188,7 +188,7 @@ class Ranks:
         for process in processes:
             process.start()
         try:
-            return dict(answers.get(timeout=50) for _ in range(world - dying))
+            return dict(answers.get(timeout=150) for _ in range(world - dying))
         finally:
             for process in processes:
                 process.kill()

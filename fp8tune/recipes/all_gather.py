@@ -12,6 +12,7 @@ lacks, and where one is missing nothing is switched.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -100,14 +101,7 @@ class ShardedWeight:
         mine = [x for x in sharded.placements if isinstance(x, Shard)]
         if not mine or mine[0].dim != 0:
             return "it is not sharded by rows"
-        rows = sharded.shape[0]
-        for size, placement in zip(
-            sharded.device_mesh.shape, sharded.placements, strict=True
-        ):
-            rows, left = divmod(rows, size) if placement.is_shard(0) else (rows, 0)
-            if left:
-                return "its shards are uneven"
-        return None
+        return _why_uneven(sharded)
 
     def _is_among_its_like(self) -> bool:
         """Whether nothing but weights of Linears is gathered together with it."""
@@ -156,6 +150,19 @@ class ShardedWeight:
         if self.on:
             local: Any = self._local
             local._precomputed_scale = scale  # noqa: SLF001
+
+
+def _why_uneven(sharded: DTensor) -> str | None:
+    """FSDP2 pads the last shards; torchao casts them without that."""
+    rows = sharded.shape[0]
+    pairs = zip(sharded.device_mesh.shape, sharded.placements, strict=True)
+    parts = math.prod(size for size, placement in pairs if placement.is_shard(0))
+    if rows % parts == 0:
+        return None
+    return (
+        f"its {rows} rows make uneven shards on {parts} ranks, which torchao casts to "
+        f"unlike sizes; make out_features a multiple of {parts}"
+    )
 
 
 @contextmanager

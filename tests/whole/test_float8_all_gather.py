@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+from torchao.float8.float8_linear import Float8Linear
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
 from fp8tune import AutoFloat8, Plan, StaticFilter, TuneConfig
 from fp8tune.decision.decisions import after_trial
 from fp8tune.decision.trials import GATHER, TrialRecord
 from fp8tune.model.copies import is_ours
+from fp8tune.recipes.all_gather import sharded_weights
 from fp8tune.report.gathering import gathered_line
 from tests.helpers import all_faster, hooks_of, two_blocks
 
@@ -77,18 +81,48 @@ class Training:
         self.model = model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         self.generator = torch.Generator().manual_seed(7)
+        self.losses: list[float] = []
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
             x = torch.randn(8, 32, generator=self.generator)
             dtype = next(self.model.parameters()).dtype
-            self.model(x.to(dtype)).float().square().mean().backward()
+            loss = self.model(x.to(dtype)).float().square().mean()
+            loss.backward()
+            self.losses.append(loss.item())
             self.optimizer.step()
             self.optimizer.zero_grad()
 
     @property
     def weights(self) -> list[torch.Tensor]:
         return [x.full_tensor().detach() for x in self.model.parameters()]
+
+    @property
+    def exp_avg(self) -> list[torch.Tensor]:
+        states = [self.optimizer.state[x] for x in self.model.parameters()]
+        return [x["exp_avg"].full_tensor() for x in states]
+
+
+def converted_by_torchao(other: Training, state: tuple[set[str], bool]) -> Training:
+    """A model that torchao converted before fully_shard, where the other's is now.
+
+    Args:
+        other: its weights, its optimizer's state and its batches are taken over.
+        state: (names that are converted, whether they are gathered in float8).
+    """
+    names, gathers = state
+    config = dataclasses.replace(GATHERS, enable_fsdp_float8_all_gather=gathers)
+    model = convert_to_float8_training(
+        two_blocks(), config=config, module_filter_fn=lambda _, fqn: fqn in names
+    )
+    fresh = Training(sharded(model))
+    pairs = zip(fresh.model.parameters(), other.model.parameters(), strict=True)
+    with torch.no_grad():
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+    fresh.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
+    fresh.generator.set_state(other.generator.get_state())
+    return fresh
 
 
 def gathered(model: nn.Module) -> list[str]:
@@ -214,6 +248,44 @@ def test_weights_are_gathered_in_float8_as_asked_for(
         assert all(answer["plainly"].values()), answer["plainly"]
 
 
+def unevenly() -> object:
+    """64, 32 and 16 rows on three ranks, asked for and not."""
+    asked = tuned(sharded(two_blocks()), float8_all_gather=True)
+    plain = tuned(sharded(two_blocks()), float8_all_gather=False)
+    for auto in (asked, plain):
+        Training(auto).run(3)
+    gathering = asked.tuner._pipeline.conversions.gathering
+    found: dict[str, object] = {
+        "converted": len(asked.plan.converted_fqns),
+        "gathered": gathered(asked),
+        "reasons": sorted(set(gathering.refusals(asked.tuner.converted))),
+    }
+    weights = [Training(auto).weights for auto in (asked, plain)]
+    found["same"] = all(map(torch.equal, *weights))
+    theirs = sharded(convert_to_float8_training(two_blocks(), config=GATHERS))
+    params = [x._param for x in sharded_weights(theirs).values()]
+    # What torchao's own route gathers: nobody takes unlike sizes.
+    found["theirs"] = [x.all_gather_inputs[0].numel() for x in params]
+    return found
+
+
+@pytest.mark.dist
+def test_uneven_shards_are_gathered_in_high_precision_and_it_is_said(
+    ranks: Ranks,
+) -> None:
+    answers = ranks(3, unevenly)
+    ending = "make out_features a multiple of 3"
+    for answer in answers.values():
+        assert isinstance(answer, dict), answer
+        assert answer["converted"] == 5
+        assert answer["gathered"] == []
+        assert answer["same"]
+        assert [x.split()[1] for x in answer["reasons"]] == ["16", "32", "64"]
+        assert all(x.endswith(ending) for x in answer["reasons"])
+    # If torchao pads some day, the refusal can go.
+    assert answers[0]["theirs"] == answers[1]["theirs"] != answers[2]["theirs"]
+
+
 def test_weights_in_float32_are_said_to_be_cast_from_that() -> None:
     assert gathered_line(3, 0) == "FSDP2 gathers 3 weights in float8"
     assert "2 of them are kept in float32" in gathered_line(3, 2)
@@ -241,8 +313,39 @@ def gather_costs(names: set[str]) -> float:
     return 30.0 - len(names - {GATHER}) + 3.0 * (GATHER in names)
 
 
+def step_by_step() -> dict[str, object]:
+    """A trial's steps, each also made by a model of torchao's own route."""
+    script = gather_saves
+    tuned_training = Training(
+        tuned(sharded(two_blocks()), steps=script, trial_steps=60)
+    )
+    theirs = Training(sharded(two_blocks()))
+    states: set[tuple[bool, int]] = set()
+    unlike: list[tuple[int, set[str], bool]] = []
+    for i in range(MIRRORED):
+        tuned_training.run(1)
+        model = tuned_training.model
+        names = {x for x, y in model.named_modules() if isinstance(y, Float8Linear)}
+        gathers = bool(gathered(model))
+        states.add((gathers, len(names)))
+        theirs = converted_by_torchao(theirs, (names, gathers))
+        theirs.run(1)
+        same = tuned_training.losses == theirs.losses
+        for name in ("weights", "exp_avg"):
+            pair = getattr(tuned_training, name), getattr(theirs, name)
+            same = same and all(map(torch.equal, *pair))
+        tuned_training.losses.clear()
+        if not same:
+            unlike.append((i, names, gathers))
+    return {"unlike": unlike, "gathered": {x for x, _ in states}, "plans": len(states)}
+
+
+# Steps of the trial that are made twice.
+MIRRORED = 14
+
+
 def by_trial(folder: str) -> object:
-    found: dict[str, object] = {}
+    found: dict[str, object] = {"step by step": step_by_step()}
     for script in (gather_saves, gather_costs):
         cache = f"{folder}/{script.__name__}.json"
         auto = tuned(sharded(two_blocks()), steps=script, trial_steps=80, cache=cache)
@@ -277,6 +380,10 @@ def test_the_trial_decides_by_whole_steps(ranks: Ranks, tmp_path: Path) -> None:
     layers = [x.removesuffix(".weight") for x in WEIGHTS]
     for answer in answers.values():
         assert isinstance(answer, dict), answer
+        mirrored = answer["step by step"]
+        assert mirrored["unlike"] == []
+        assert mirrored["gathered"] == {False, True}
+        assert mirrored["plans"] > 2
         assert answer["gather_saves"] == (WEIGHTS, True, layers, True)
         assert answer["gather_costs"] == ([], False, layers, True)
         assert answer["resumed"] == WEIGHTS
