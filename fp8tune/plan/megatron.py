@@ -1,8 +1,11 @@
 """A plan as Megatron-LM's ``--te-precision-config-file``: configs and ordered matchers.
 
 The first enabled matcher whose glob fits a layer's name chooses its config
-(megatron/core/quantization/quant_config.py). Transformer Engine brings recipes of its
-own, so what was timed, torchao's kernels, are not those that will run.
+(megatron/core/quantization/quant_config.py, fields: TEQuantizationRecipe in
+megatron/core/extensions/transformer_engine.py). A config overrides Megatron's own --fp8
+arguments where they are given; where they are not it does so only if it says so.
+Transformer Engine brings recipes of its own, so what was timed, torchao's kernels, are
+not those that will run.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["RECIPES", "lines"]
 
-# Our recipes -> names of Transformer Engine's, which has none with a scale per row.
+# Our recipes -> names of Transformer Engine's, which has none with a scale per row, and of
+# the format: torchao's tensorwise has gradients in e5m2, as "hybrid" has.
 RECIPES = {
-    "tensorwise": "tensorwise",
-    "blockwise": "blockwise",
-    "mxfp8_rceil": "mxfp8",
-    "mxfp8_floor": "mxfp8",
+    "tensorwise": ("tensorwise", "hybrid"),
+    "blockwise": ("blockwise", "e4m3"),
+    "mxfp8_rceil": ("mxfp8", "e4m3"),
+    "mxfp8_floor": ("mxfp8", "e4m3"),
 }
 
 
@@ -40,7 +44,7 @@ def lines(plan: Decisions, recipe: str) -> list[str]:
     return [
         f"# timed: {recipe} of torchao, {plan.timing}; not Transformer Engine's kernels",
         "configs:",
-        *_config("converted", f'{{fp8_quantization_recipe: "{RECIPES[recipe]}"}}'),
+        *_config("converted", _converted_to(*RECIPES[recipe])),
         *_config("reference", "{}"),
         "matchers:",
         *(
@@ -50,6 +54,13 @@ def lines(plan: Decisions, recipe: str) -> list[str]:
         ),
         *_matcher("default", "*", "reference"),
     ]
+
+
+def _converted_to(recipe: str, number_format: str) -> str:
+    return (
+        f'{{fp8_quantization_recipe: "{recipe}", fp8_format: "{number_format}", '
+        "override_nonquantized_autocast: true}"
+    )
 
 
 def _config(name: str, recipe: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from itertools import combinations, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -311,12 +311,59 @@ class TestText:
             export_lines(plan_of(*NAMES, recipe="tensorwise"), "torchtitan")
 
 
+# Fields of a recipe and their defaults, as Megatron-LM documents them in
+# TEQuantizationRecipe; it raises for any other.
+MEGATRON_RECIPE = {
+    "fp8_quantization_recipe": None,
+    "fp4_quantization_recipe": None,
+    "custom_recipe_factory": None,
+    "fp8_format": "e4m3",
+    "override_quantized_autocast": True,
+    "override_nonquantized_autocast": False,
+    "tp_only_amax_red": False,
+}
+
+
+def recipe_of_megatron(config: dict[str, Any]) -> dict[str, Any]:
+    """A config's recipe with its defaults, parsed by Megatron-LM's rules."""
+    assert set(config) == {"transformer_engine_config_type", "training_recipe"}
+    assert config["transformer_engine_config_type"] == "TEQuantizationParams"
+    recipe = config["training_recipe"]
+    assert set(recipe) <= set(MEGATRON_RECIPE)
+    whole = MEGATRON_RECIPE | recipe
+    assert whole["fp8_quantization_recipe"] in (
+        None,
+        "tensorwise",
+        "mxfp8",
+        "blockwise",
+    )
+    assert whole["fp8_format"] in ("e4m3", "hybrid")
+    assert {type(whole[x]) for x in whole if x.startswith("override")} == {bool}
+    return whole
+
+
+def runs_in_megatron(
+    config: dict[str, Any], *, globally: bool
+) -> tuple[str, str] | str | None:
+    """What a layer with that config runs as where --fp8-format is given, or is not."""
+    recipe = recipe_of_megatron(config)
+    overrides = "override_quantized_autocast"
+    if not globally:
+        overrides = "override_nonquantized_autocast"
+    if not recipe[overrides]:
+        return "as --fp8-format says" if globally else None
+    name = recipe["fp8_quantization_recipe"]
+    return name and (name, recipe["fp8_format"])
+
+
 class TestMegatron:
     @staticmethod
     def chosen(text: str, names: Sequence[str]) -> dict[str, str]:
         """The config of each name, as Megatron-LM documents it: the first that fits."""
         document = yaml.safe_load(text)
         assert set(document) == {"configs", "matchers"}
+        for config in document["configs"].values():
+            recipe_of_megatron(config)
         matchers = [x for x in document["matchers"].values() if x["enabled"]]
         assert {x["type"] for x in matchers} == {"glob"}
         return {
@@ -324,11 +371,38 @@ class TestMegatron:
             for name in names
         }
 
+    @pytest.mark.parametrize("globally", [False, True])
+    @pytest.mark.parametrize(
+        ("recipe", "runs"),
+        [
+            ("tensorwise", ("tensorwise", "hybrid")),
+            ("blockwise", ("blockwise", "e4m3")),
+            ("mxfp8_rceil", ("mxfp8", "e4m3")),
+            ("mxfp8_floor", ("mxfp8", "e4m3")),
+        ],
+    )
+    def test_the_plan_holds_with_and_without_megatrons_own_fp8(
+        self, globally: bool, recipe: str, runs: tuple[str, str]
+    ) -> None:
+        plan = plan_of(["layers.0.up", "layers.1.up"], ["output"], recipe)
+        text = "\n".join(export_lines(plan, "megatron"))
+        chosen = self.chosen(text, ["layers.1.up", "output", "not.in.the.plan"])
+        configs = yaml.safe_load(text)["configs"]
+        found = {
+            name: runs_in_megatron(configs[key], globally=globally)
+            for name, key in chosen.items()
+        }
+        assert found == {"layers.1.up": runs, "output": None, "not.in.the.plan": None}
+
     def test_the_file_says_recipe_and_default(self) -> None:
         plan = plan_of(["layers.0.up", "layers.1.up"], ["output"], "blockwise")
         document = yaml.safe_load("\n".join(export_lines(plan, "megatron")))
         kind = {"transformer_engine_config_type": "TEQuantizationParams"}
-        recipe = {"fp8_quantization_recipe": "blockwise"}
+        recipe = {
+            "fp8_quantization_recipe": "blockwise",
+            "fp8_format": "e4m3",
+            "override_nonquantized_autocast": True,
+        }
         assert document["configs"] == {
             "converted": {**kind, "training_recipe": recipe},
             "reference": {**kind, "training_recipe": {}},

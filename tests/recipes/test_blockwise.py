@@ -101,10 +101,16 @@ def test_converted_trained_and_reverted(scripted_clock) -> None:
         clock=scripted_clock(all_faster),
         config=EVERY_SIZE,
     )
+    optimizer = torch.optim.SGD(auto.parameters(), lr=0.1)
     x = torch.randn(32, 128)
-    for _ in range(2):
-        auto(x).square().mean().backward()
-        auto.zero_grad()
+    losses = []
+    for _ in range(4):
+        loss = (auto(x) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
     assert auto.frozen
     assert auto.plan["0"].recipe == "blockwise"
     assert type(model[0]) is BlockwiseLinear
