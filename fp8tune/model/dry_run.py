@@ -14,8 +14,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from fp8tune.errors import ModelError, in_short
 from fp8tune.model.capture import Capture
@@ -72,7 +70,7 @@ def dry_run(
         inputs = fakes.tree((tuple(args), dict(kwargs)))
         watched = [replace(x, linear=copy_of(x.linear)) for x in candidates]
         capture = Capture(faked, watched, 0)
-        with fakes.mode, _GroupedGemms(), _uncached_autocast(), torch.enable_grad():
+        with fakes.mode, _uncached_autocast(), torch.enable_grad():
             differentiated = _train(faked, *inputs)
     except Exception as error:
         raise ModelError(_WHY.format(error=in_short(error))) from error
@@ -99,25 +97,6 @@ def _train(faked: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     if roots:
         torch.autograd.backward(roots, [torch.ones_like(x) for x in roots])
     return bool(roots)
-
-
-class _GroupedGemms(TorchDispatchMode):
-    """Lets experts be of any dtype: torch's fake of the grouped GEMM takes bfloat16 alone."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        kwargs = kwargs or {}
-        if func is not torch.ops.aten._grouped_mm.default:  # noqa: SLF001
-            return func(*args, **kwargs)
-        narrow: Any = tree_map_only(torch.Tensor, _in_bfloat16, (args, kwargs))
-        result = func(*narrow[0], **narrow[1])
-        return result.to(kwargs.get("out_dtype") or args[0].dtype)
-
-
-def _in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
 @contextmanager

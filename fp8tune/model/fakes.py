@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from fp8tune.model.copies import plain_twin
+from fp8tune.model.fake_mode import FakeMode
 from fp8tune.model.sharding import gathered_shape, own_dims, to_local
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Fakes:
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
         # Constants that a forward makes of its own need not be fake.
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = FakeMode(allow_non_fake_inputs=True)
 
     def tree(self, values: _T) -> _T:
         """Nested containers with a fake in place of each tensor."""

@@ -328,9 +328,14 @@ def test_a_fake_world_within_a_real_one_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layers", "hidden"), [(80, 8192), (126, 16384)])
+@pytest.mark.timeout(300)  # the bound is in CPU seconds
+@pytest.mark.parametrize(("layers", "hidden"), [(4, 8192), (126, 16384)])
 def test_llama3_on_256_gpus_takes_seconds(layers: int, hidden: int) -> None:
-    """70B and 405B; the bound leaves room for a busy machine, an idle one needs under 30 s."""
+    """405B as a whole, and the shapes of 70B, whose 80 layers are equal, from four.
+
+    Seconds are those that the process computed, imports included. They too grow where
+    others use the cores, for which the bound leaves room.
+    """
     script = f"from tests.model.test_dry_run import large; large({layers}, {hidden})"
     found = subprocess.run(  # noqa: S603 - runs the function below
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
@@ -342,19 +347,18 @@ def test_llama3_on_256_gpus_takes_seconds(layers: int, hidden: int) -> None:
 
 
 def large(layers: int, hidden: int) -> None:
-    """Print seconds, GiB and the M, K, N of the first wk with TP=8 in a world of 256."""
+    """Print CPU seconds, GiB and the M, K, N of the first wk with TP=8 in a world of 256."""
     import transformers  # noqa: PLC0415
 
     config = transformers.LlamaConfig(
         hidden_size=hidden,
-        intermediate_size=28672 if layers == 80 else 53248,
+        intermediate_size=28672 if hidden == 8192 else 53248,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 128,
         num_key_value_heads=8,
         vocab_size=128256,
         dtype="bfloat16",
     )
-    began = time.perf_counter()
     with fake_world({"dp": 32, "tp": 8}, "cpu") as mesh:
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(config)
@@ -370,5 +374,4 @@ def large(layers: int, hidden: int) -> None:
         calls = dryly(model, input_ids=tokens, use_cache=False)
     shape = calls["model.layers.0.self_attn.k_proj"][0][0].shape
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = time.perf_counter() - began
-    print(seconds, kilobytes / 2**20, shape.m, shape.k, shape.n)  # noqa: T201
+    print(time.process_time(), kilobytes / 2**20, shape.m, shape.k, shape.n)  # noqa: T201
