@@ -6,11 +6,19 @@ import functools
 import importlib.metadata
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from fp8tune.decision.records import REFERENCE, Shape, Signature
 from fp8tune.trial.results import record_of
@@ -44,6 +52,24 @@ def two_blocks(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
     """Two of them before a Linear, the same in every process."""
     torch.manual_seed(0)
     return nn.Sequential(Block(), Block(), nn.Linear(32, 16)).to(dtype)
+
+
+def sharded(model: nn.Module, layout: str = "fsdp", **kwargs: Any) -> nn.Module:
+    """Two blocks under FSDP2, around tensor parallelism ("tp"), or hybrid ("hsdp")."""
+    size = dist.get_world_size()
+    if layout == "tp":
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
+        for block in list(model)[:2]:
+            styles = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            parallelize_module(block, mesh["tp"], styles)
+        mesh = mesh["dp"]
+    elif layout == "hsdp":
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("rep", "dp"))
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+    for child in list(model)[:2]:
+        fully_shard(child, mesh=mesh, **kwargs)
+    return fully_shard(model, mesh=mesh, **kwargs)
 
 
 def signature(m: int, k: int, n: int) -> Signature:

@@ -8,18 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
     fully_shard,
-)
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
 )
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -29,7 +22,7 @@ from fp8tune.recipes.all_gather import (
     sharded_weights,
 )
 from fp8tune.recipes.registry import resolve_recipes
-from tests.helpers import two_blocks
+from tests.helpers import sharded, two_blocks
 
 if TYPE_CHECKING:
     from tests.conftest import Ranks
@@ -37,23 +30,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.dist
 
 CONFIG = Float8LinearConfig(emulate=True, pad_inner_dim=True)
-
-
-def sharded(model: nn.Module, layout: str, **kwargs: Any) -> nn.Module:
-    size = dist.get_world_size()
-    if layout == "tp":
-        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
-        for block in list(model)[:2]:
-            styles = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-            parallelize_module(block, mesh["tp"], styles)
-        mesh = mesh["dp"]
-    elif layout == "hsdp":
-        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("rep", "dp"))
-    else:
-        mesh = init_device_mesh("cpu", (size,))
-    for child in list(model)[:2]:
-        fully_shard(child, mesh=mesh, **kwargs)
-    return fully_shard(model, mesh=mesh, **kwargs)
 
 
 class Training:
@@ -149,7 +125,9 @@ def compare(
 ALL = ("up", "down", "2")
 
 
-def in_layouts(cases: tuple[tuple[str, tuple[str, ...]], ...]) -> object:
+def in_layouts(
+    cases: tuple[tuple[str, tuple[str, ...]], ...],
+) -> dict[Any, dict[str, bool]]:
     return {case: compare(*case) for case in cases}
 
 
@@ -170,16 +148,16 @@ def every_way() -> object:
     return found
 
 
-def off_and_on() -> dict[str, bool]:
-    """Off/on/off/on in mid-run against models that begin anew from the same state."""
-    model = sharded(two_blocks(), "fsdp")
+def off_and_on(layout: str = "fsdp", rounds: int = 4) -> dict[str, bool]:
+    """On/off/on/off in mid-run against models that begin anew from the same state."""
+    model = sharded(two_blocks(), layout)
     ids = [id(x) for x in model.parameters()]
     switched = Training(model)
     result: dict[str, bool] = {"parameters": True}
-    for round_, on in enumerate((True, False, True, False)):
+    for round_, on in enumerate((True, False, True, False)[:rounds]):
         if on:
             toggle(model, ALL, on=True)
-        fresh = fresh_from(switched, on=on)
+        fresh = fresh_from(switched, layout, on=on)
         switched.losses.clear()
         switched.run(2)
         fresh.run(2)
@@ -191,8 +169,8 @@ def off_and_on() -> dict[str, bool]:
     return result
 
 
-def fresh_from(other: Training, *, on: bool) -> Training:
-    model = of_torchao(ALL, "fsdp") if on else sharded(two_blocks(), "fsdp")
+def fresh_from(other: Training, layout: str, *, on: bool) -> Training:
+    model = of_torchao(ALL, layout) if on else sharded(two_blocks(), layout)
     with torch.no_grad():
         for mine, theirs in zip(
             model.parameters(), other.model.parameters(), strict=True
@@ -246,11 +224,16 @@ def test_two_ranks_under_fsdp2_equal_torchaos_route(ranks: Ranks) -> None:
         }
 
 
+def in_layouts_and_mid_run(cases: tuple[tuple[str, tuple[str, ...]], ...]) -> object:
+    found: dict[object, object] = dict(in_layouts(cases))
+    return found | {f"{x} in mid-run": off_and_on(x, 2) for x in ("tp", "hsdp")}
+
+
 def test_four_ranks_with_tensor_parallelism_and_hsdp(ranks: Ranks) -> None:
     some = ("up",)
-    cases = (("fsdp", some), ("tp", ALL), ("tp", some), ("hsdp", ALL), ("hsdp", some))
-    answers = ranks(4, in_layouts, cases)
-    for answer in answers.values():
+    cases = (("fsdp", some), ("tp", ALL), ("tp", some), ("hsdp", ALL))
+    for answer in ranks(4, in_layouts_and_mid_run, cases).values():
         assert isinstance(answer, dict), answer
+        assert len(answer) == 6
         for layout, equal in answer.items():
             assert all(equal.values()), (layout, equal)

@@ -17,8 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
@@ -28,9 +26,9 @@ from fp8tune import AutoFloat8, Plan, StaticFilter, TuneConfig
 from fp8tune.decision.decisions import after_trial
 from fp8tune.decision.trials import GATHER, TrialRecord
 from fp8tune.model.copies import is_ours
-from fp8tune.recipes.all_gather import sharded_weights
+from fp8tune.recipes.all_gather import precompute_scales, sharded_weights
 from fp8tune.report.gathering import gathered_line
-from tests.helpers import all_faster, hooks_of, two_blocks
+from tests.helpers import all_faster, hooks_of, sharded, two_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,13 +38,6 @@ if TYPE_CHECKING:
 GATHERS = Float8LinearConfig(
     emulate=True, pad_inner_dim=True, enable_fsdp_float8_all_gather=True
 )
-
-
-def sharded(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for child in list(model)[:2]:
-        fully_shard(child, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def tuned(
@@ -83,7 +74,8 @@ class Training:
         self.generator = torch.Generator().manual_seed(7)
         self.losses: list[float] = []
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int, *, ahead: bool = False) -> None:
+        """Train; with torchao's call after each step that finds the scales ahead."""
         for _ in range(steps):
             x = torch.randn(8, 32, generator=self.generator)
             dtype = next(self.model.parameters()).dtype
@@ -92,6 +84,9 @@ class Training:
             self.losses.append(loss.item())
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if ahead:
+                modules = self.model.modules()
+                precompute_scales(x for x in modules if isinstance(x, nn.Linear))
 
     @property
     def weights(self) -> list[torch.Tensor]:
@@ -103,19 +98,22 @@ class Training:
         return [x["exp_avg"].full_tensor() for x in states]
 
 
-def converted_by_torchao(other: Training, state: tuple[set[str], bool]) -> Training:
+def converted_by_torchao(
+    other: Training, state: tuple[set[str], bool], layout: str = "fsdp"
+) -> Training:
     """A model that torchao converted before fully_shard, where the other's is now.
 
     Args:
         other: its weights, its optimizer's state and its batches are taken over.
         state: (names that are converted, whether they are gathered in float8).
+        layout: that of the other.
     """
     names, gathers = state
     config = dataclasses.replace(GATHERS, enable_fsdp_float8_all_gather=gathers)
     model = convert_to_float8_training(
         two_blocks(), config=config, module_filter_fn=lambda _, fqn: fqn in names
     )
-    fresh = Training(sharded(model))
+    fresh = Training(sharded(model, layout))
     pairs = zip(fresh.model.parameters(), other.model.parameters(), strict=True)
     with torch.no_grad():
         for mine, theirs in pairs:
@@ -196,12 +194,14 @@ def gathered_plainly_meanwhile() -> dict[str, bool]:
     return found | {"same": all(map(torch.equal, *weights))}
 
 
-def checkpoints(training: Training, folder: str) -> dict[str, bool]:
+def checkpoints(
+    training: Training, folder: str, layout: str = "fsdp"
+) -> dict[str, bool]:
     """Into bare models, by DCP and as a whole; and back into the tuned one."""
     auto = training.model
     state = get_model_state_dict(auto)
     dcp.save({"model": state}, checkpoint_id=folder)
-    by_dcp = sharded(two_blocks())
+    by_dcp = sharded(two_blocks(), layout)
     for x in by_dcp.parameters():
         nn.init.zeros_(x)
     loaded = {"model": get_model_state_dict(by_dcp)}
@@ -222,6 +222,38 @@ def checkpoints(training: Training, folder: str) -> dict[str, bool]:
         "full": dist.get_rank() > 0 or all(map(torch.equal, alone.parameters(), own)),
         "no stale scale": set(scales) == {None},
     }
+
+
+def in_other_layouts(folder: str) -> object:
+    found: dict[str, object] = {}
+    for layout in ("tp", "hsdp"):
+        model = tuned(sharded(two_blocks(), layout), float8_all_gather=True)
+        training = Training(model)
+        training.run(4)
+        theirs = Training(sharded(two_blocks(), layout))
+        # Gathered as ever in the warmup.
+        for steps, gathers in ((1, False), (3, True)):
+            state = {x.removesuffix(".weight") for x in WEIGHTS}, gathers
+            theirs = converted_by_torchao(theirs, state, layout)
+            theirs.run(steps, ahead=True)
+        found[layout] = {
+            "gathered": gathered(training.model) == WEIGHTS,
+            "losses": training.losses[1:] == theirs.losses,
+            "weights": all(map(torch.equal, training.weights, theirs.weights)),
+            "exp_avg": all(map(torch.equal, training.exp_avg, theirs.exp_avg)),
+            **checkpoints(training, f"{folder}/{layout}", layout),
+        }
+    return found
+
+
+@pytest.mark.dist
+def test_tensor_parallel_and_hybrid_models_train_and_load_as_torchaos(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    for answer in ranks(4, in_other_layouts, str(tmp_path)).values():
+        assert isinstance(answer, dict), answer
+        for layout, equal in answer.items():
+            assert all(equal.values()), (layout, equal)
 
 
 def in_reference(auto: AutoFloat8) -> tuple[int, int]:
