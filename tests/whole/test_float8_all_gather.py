@@ -28,7 +28,7 @@ from fp8tune.decision.trials import GATHER, TrialRecord
 from fp8tune.model.copies import is_ours
 from fp8tune.recipes.all_gather import precompute_scales, sharded_weights
 from fp8tune.report.gathering import gathered_line
-from tests.helpers import all_faster, hooks_of, sharded, two_blocks
+from tests.helpers import TwiceAsFast, all_faster, hooks_of, sharded, two_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -164,6 +164,7 @@ def as_asked_for(folder: str) -> object:
     ours = [str(x) for each in hooks for x in each.values() if is_ours(x)]
     found["abandoned"] = gathered(training.model), ours
     found["plainly"] = gathered_plainly_meanwhile()
+    found["watched"] = reverted_by_a_watch()
     return found
 
 
@@ -224,6 +225,33 @@ def checkpoints(
     }
 
 
+def reverted_by_a_watch() -> tuple[list[str], list[str], bool]:
+    """An outlier takes the range of some layers' inputs while they are gathered so."""
+    config = TuneConfig(
+        static_filter=StaticFilter.DIVISIBLE,
+        include_output_layer=True,
+        timing="eager",
+        float8_all_gather=True,
+        min_sqnr_db=15,
+        watch_every=2,
+        on_quality="revert",
+    )
+    auto = AutoFloat8(
+        sharded(two_blocks()),
+        "tensorwise",
+        warmup_steps=1,
+        config=config,
+        clock=TwiceAsFast(),
+    )
+    training = Training(auto)
+    training.run(2)
+    outlier = torch.ones(32, dtype=torch.bfloat16)
+    outlier[0] = 1e6
+    auto.module.register_forward_pre_hook(lambda _, args: (args[0] * outlier,))
+    training.run(4)
+    return gathered(auto), auto.plan.converted_fqns, training.losses[-1] > 0
+
+
 def in_other_layouts(folder: str) -> object:
     found: dict[str, object] = {}
     for layout in ("tp", "hsdp"):
@@ -278,6 +306,11 @@ def test_weights_are_gathered_in_float8_as_asked_for(
         assert answer["reference"] == (0, len(WEIGHTS))
         assert answer["abandoned"] == ([], [])
         assert all(answer["plainly"].values()), answer["plainly"]
+        left, converted, trains = answer["watched"]
+        assert left == [f"{x}.weight" for x in converted]
+        assert trains
+        assert "0.up" not in converted
+        assert "0.down" in converted
 
 
 def unevenly() -> object:

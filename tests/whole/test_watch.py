@@ -22,13 +22,11 @@ from fp8tune import AutoFloat8, Plan, StaticFilter, TuneConfig
 from fp8tune.commands.cli import main
 from fp8tune.decision.reasons import Reason
 from fp8tune.errors import ConfigError
-from fp8tune.timing.cpu_clock import CpuClock
-from tests.helpers import graph_texts, hooks_of
+from tests.helpers import TwiceAsFast, graph_texts, hooks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from fp8tune.timing.clock import Work
     from tests.conftest import Ranks
 
 
@@ -78,13 +76,6 @@ class Training:
                 loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-
-
-class TwiceAsFast(CpuClock):
-    """Layers are scripted to gain, and run once, for their accuracy."""
-
-    def time_ms(self, work: Sequence[Work]) -> list[float]:
-        return [1.0 if x.variant == "reference" else 0.5 for x in work]
 
 
 def watching(model: nn.Module, **kwargs: Any) -> AutoFloat8:
