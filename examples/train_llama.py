@@ -32,8 +32,7 @@ import fp8tune
 from fp8tune import AutoFloat8, Plan, Recipe
 
 VOCABULARY = 256  # bytes
-ROUNDS = 40  # training steps of each variant in the comparison
-WARMUP_ROUNDS = 3  # those of them that compile and are not counted
+WARMUP_ROUNDS = 3  # of the comparison: they compile and are not counted
 
 
 class Sizes(NamedTuple):
@@ -198,11 +197,15 @@ def build_variants(
 
 
 def compare(
-    models: dict[str, nn.Module], sizes: Sizes, device: str, batches: int
+    models: dict[str, nn.Module],
+    sizes: Sizes,
+    device: str,
+    batches: int,
+    rounds: int,
 ) -> None:
     """Print the tokens per second of whole training steps, taken in turns."""
     trainers = [Trainer(model, sizes, device) for model in models.values()]
-    for trainer in trainers * ROUNDS:
+    for trainer in trainers * (WARMUP_ROUNDS + rounds):
         trainer.step()
     seconds = [median(x.seconds[WARMUP_ROUNDS:]) for x in trainers]
     print(f"\n{'training steps':<20}{'tokens/s':>10}{'ratio':>8}")
@@ -239,7 +242,7 @@ def run(
     plan = auto.freeze()  # is frozen already, unless there were hardly any steps
     if not arguments.no_compare:
         variants = build_variants(bare, plan, recipe, processes)
-        compare(variants, sizes, device, processes.batches)
+        compare(variants, sizes, device, processes.batches, arguments.rounds)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Sizes, Processes]:
@@ -250,11 +253,14 @@ def parse_arguments() -> tuple[argparse.Namespace, Sizes, Processes]:
     parser.add_argument("--recipe", help="default: rowwise on a GPU, else bf16")
     parser.add_argument("--steps", type=int, default=100, help="training steps")
     parser.add_argument("--cache", default=".fp8tune/demo.json", help="a JSON file")
+    parser.add_argument("--rounds", type=int, default=37, help="steps of each compared")
     parser.add_argument("--no-compare", action="store_true", help="only train")
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"argument --steps: {arguments.steps} is below 1")
+    if arguments.rounds < 1:
+        parser.error(f"argument --rounds: {arguments.rounds} is below 1")
     sizes = GPU_SIZES if arguments.device == "cuda" else CPU_SIZES
     try:
         return arguments, sizes, Processes(arguments, sizes.kv_heads)

@@ -56,7 +56,7 @@ def test_the_second_run_finds_the_plan_of_the_first(tmp_path: Path) -> None:
     assert "step    6  loss" in first
     assert "tokens/s" not in first
 
-    second = demo(*options)
+    second = demo(*options, "--rounds", "3")
     # What a busy machine timed is not kept.
     unsteady = first.count("UNSTEADY")
     if unsteady:
