@@ -65,6 +65,9 @@ PLACES = {
     "torch._dynamo.config": "torch._dynamo config.recompile_limit",
     "torch._dynamo.convert_frame": "torch._dynamo.convert_frame register_bytecode_hook",
     "torch._dynamo.eval_frame": "torch._dynamo eval_frame",
+    "torch._dynamo.variables": (
+        "torch._dynamo.variables torch.get_overridable_functions"
+    ),
     "torch._dynamo.guards": "torch._dynamo.guards DeletedGuardManagerWrapper",
     "torch._inductor": "torch._inductor list_mode_options",
     "torch._inductor.config": "torch._inductor config",
@@ -95,7 +98,14 @@ ELSEWHERE = {
     "_use_post_forward_mesh",
 }
 # Not private: names of our own in strings, parts of names, and the standard library's.
-OURS = {"_asdict", "_replace", "_getframe", "_hidden_by_conversion", "_shown_forward"}
+OURS = {
+    "_asdict",
+    "_getframe",
+    "_hidden_by_conversion",
+    "_replace",
+    "_rerouted_gemms",
+    "_shown_forward",
+}
 PARTS = {"_driver", "_runtime", "_hooks", "_k", "_n"}
 
 

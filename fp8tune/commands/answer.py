@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8tune.config import TuneConfig
 from fp8tune.errors import Fp8TuneError
+from fp8tune.report.describe import layers_word
 from fp8tune.store.runs import load_runs
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def heading_lines(run: Run, of: int) -> list[str]:
     device = environment.pop("device", "an unknown device")
     recorded = f", recorded {run.recorded}" if run.recorded else ""
     recipe = f"{run.key.label} (emulated)" if run.emulated else run.key.label
-    what = f"{len(run.layers)} Linears, {recipe}, {run.key.timing}"
+    number, word = len(run.layers), layers_word(run.layers)
+    what = f"{number} {word}, {recipe}, {run.key.timing}"
     return [
         f"run {run.number} of {of}{recorded}: {what}, on {device}",
         ", ".join(f"{name} {value}" for name, value in environment.items()),
@@ -123,6 +125,7 @@ def layer_data(decision: Decision) -> dict[str, Any]:
         "timed_m": list(decision.timed_m),
         "k": decision.k,
         "n": decision.n,
+        "experts": decision.experts,
         "verdict": str(decision.verdict),
         "recipe": decision.recipe,
         "reason": str(decision.reason),

@@ -57,7 +57,7 @@ def decide(
     index = index_of(measurements)
     pooled = pool(layers)
     # Alike layers are decided once: a large model has thousands of few sorts.
-    sorts = [(x.k, x.n, x.reason, x.calls, x.excluded) for x in pooled]
+    sorts = [(x.k, x.n, x.experts, x.reason, x.calls, x.excluded) for x in pooled]
     distinct = dict(zip(sorts, pooled, strict=True))
     decided = {
         sort: _decide_layer(layer, index, recipes, config)
@@ -76,7 +76,9 @@ def _decide_layer(
     if layer.reason:
         return _reference(layer, layer.reason)
     if not layer.calls:
-        return _reference(layer, Reason.NEVER_CALLED)
+        grouped = layer.experts > 0
+        why = Reason.NO_GROUPED_GEMM if grouped else Reason.NEVER_CALLED
+        return _reference(layer, why)
     names = _with_parts(layer, recipes, index)
     tried = [try_recipe(layer, name, index, config) for name in names]
     passed = [x for x in tried if x.passes]
@@ -105,6 +107,7 @@ def _decide_layer(
         nearest=shown.recipe,
         timed_m=tuple(sorted({x.signature.shape.m for x in nearest.measured})),
         variants=tuple(variants),
+        experts=layer.experts,
     )
 
 
@@ -141,6 +144,7 @@ def _reference(layer: Layer, reason: Reason) -> Decision:
         Verdict.REFERENCE,
         reason,
         signatures=layer.calls,
+        experts=layer.experts,
     )
 
 

@@ -26,7 +26,7 @@ class Decisions:
     """The decisions for one model, in model order, and what they are true of.
 
     Attributes:
-        decisions: one per Linear, those left out included.
+        decisions: one per Linear or grouped GEMM, those left out included.
         recipe: name of the recipe that was measured, or names with commas between.
         reference: name of the dtype that the recipe is made to be compared with.
         emulated: the device had no GEMMs for the recipe and emulated them.
@@ -97,7 +97,8 @@ def with_uncounted(plan: _Plan, uncounted: Iterable[tuple[str, Reason]]) -> _Pla
         known.setdefault(fqn, reason)
 
     def told(decision: Decision) -> Decision:
-        called = decision.reason is Reason.NEVER_CALLED and decision.fqn in known
+        uncalled = (Reason.NEVER_CALLED, Reason.NO_GROUPED_GEMM)
+        called = decision.reason in uncalled and decision.fqn in known
         return replace(decision, reason=known[decision.fqn]) if called else decision
 
     return replace(plan, decisions=tuple(map(told, plan.decisions)))

@@ -70,7 +70,7 @@ def sharing_of(layers: Sequence[Layer], pooled: Sequence[Layer]) -> dict[str, in
 
 def _family(layer: Layer) -> Hashable:
     name = without_numbers(layer.fqn)
-    weight = (layer.k, layer.n, layer.weight_dtype, layer.trains)
+    weight = (layer.k, layer.n, layer.experts, layer.weight_dtype, layer.trains)
     return (name, weight, layer.reason, layer.excluded)
 
 

@@ -38,6 +38,8 @@ class Reason(StrEnum):
     OUTPUT_LAYER = "output_layer"
     FIRST_OR_LAST = "first_or_last"
     UNSUPPORTED_DTYPE = "unsupported_dtype"
+    NOT_FOR_EXPERTS = "not_for_experts"
+    NO_GROUPED_GEMM = "no_grouped_gemm"
     NEVER_CALLED = "never_called"
     NO_GRADIENT = "no_gradient"
     WITHOUT_ROWS = "without_rows"
@@ -87,6 +89,8 @@ _SENTENCES = {
     Reason.FIRST_OR_LAST: "it is the first or the last Linear; include_output_layer "
     "takes it in",
     Reason.UNSUPPORTED_DTYPE: "the recipe does not take weights of this dtype",
+    Reason.NOT_FOR_EXPERTS: "the recipe takes Linears, and it is a 3-D Parameter as of experts",
+    Reason.NO_GROUPED_GEMM: "no training step multiplied it in a grouped GEMM",
     Reason.NEVER_CALLED: "no training step called it",
     Reason.NO_GRADIENT: "it was called, but no gradient had come back by then",
     Reason.WITHOUT_ROWS: "it was called without rows only, as an expert that no token "

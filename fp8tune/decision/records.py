@@ -47,7 +47,13 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """What one call of a Linear looks like before its gradients are known."""
+    """What one call of a Linear looks like before its gradients are known.
+
+    Attributes:
+        experts: how many matrices a grouped GEMM multiplies, on this rank; 0 for a Linear.
+            M are the rows of all of them together.
+        transposed: they lie in memory as (K, N), not as (N, K), which a Linear's does.
+    """
 
     m: int
     k: int
@@ -56,6 +62,8 @@ class Shape:
     weight_dtype: str
     autocast_dtype: str | None
     bias: bool
+    experts: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True, order=True)
@@ -79,7 +87,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Layer:
-    """One Linear of the model and how training used it.
+    """One Linear or grouped GEMM of the model and how training used it.
 
     Attributes:
         fqn: its fully qualified name, without the prefixes that wrappers add.
@@ -90,6 +98,8 @@ class Layer:
         reason: why it was left out, or None for a candidate.
         calls: (signature, number of calls) over all warmup steps, sorted.
         excluded: (recipe, reason) of the recipes that do not take a candidate.
+        experts: how many matrices a grouped GEMM multiplies, on all ranks; 0 for a Linear.
+            Its k and n may be exchanged where nobody says which dimension is which.
     """
 
     fqn: str
@@ -100,6 +110,7 @@ class Layer:
     reason: Reason | None
     calls: tuple[tuple[Signature, int], ...] = ()
     excluded: tuple[tuple[str, Reason], ...] = ()
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one Linear, and why.
+    """What became of one Linear or grouped GEMM, and why.
 
     Times are those of one call, forward + backward, in milliseconds; where a layer was
     called with several signatures they are the mean over its calls. Speedup is reference
@@ -202,6 +213,9 @@ class Decision:
     ``variants`` has one record for each recipe, in the order in which they were given,
     and the numbers here are those of the recipe ``nearest``: the one that was chosen, or
     the one that came nearest to it.
+
+    ``experts`` is how many matrices a grouped GEMM of experts multiplies, on all ranks; it
+    is 0 for a Linear.
     """
 
     fqn: str
@@ -225,3 +239,4 @@ class Decision:
     variants: tuple[Variant, ...] = ()
     timed_m: tuple[int, ...] = ()
     shared_by: int = 1
+    experts: int = 0

@@ -17,7 +17,7 @@ __all__ = ["Candidate", "LeftOut", "Sample"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A Linear that is converted during warmup and timed.
+    """A Linear, or a grouped GEMM, that is converted during warmup and timed.
 
     Attributes:
         fqn: its fully qualified name, without the prefixes that wrappers add.
@@ -32,7 +32,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A Linear that stays in high precision from the start, and why."""
+    """A layer that stays in high precision from the start, and why."""
 
     fqn: str
     linear: nn.Linear
@@ -50,6 +50,8 @@ class Sample:
     Attributes:
         device: where it was called; None is where its input is, or its weight.
         finite: False where every input, or every gradient, of training held inf or NaN.
+        offs: of a grouped GEMM, where the rows of each expert ended, shape (E,); None if
+            nobody saw it.
     """
 
     signature: Signature
@@ -59,3 +61,4 @@ class Sample:
     weight: torch.Tensor | None = None
     device: torch.device | None = None
     finite: bool = True
+    offs: torch.Tensor | None = None

@@ -16,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from fp8tune.decision.coverage import Coverage
 from fp8tune.decision.reasons import Reason
 from fp8tune.decision.records import Shape, Signature
-from fp8tune.model.called import mesh_dims, signature_of
+from fp8tune.model.called import call_of, mesh_dims, signature_of
 from fp8tune.model.candidates import Candidate, Sample
 from fp8tune.model.entrances import Entrances
+from fp8tune.model.experts import home_of
 from fp8tune.model.flops import flops_of, total_of
 from fp8tune.model.kept_tensors import KeptTensors
 from fp8tune.model.passes import Pass, Passes, in_backward
-from fp8tune.model.sharding import fsdp_linears, running_device
+from fp8tune.model.sharding import fsdp_modules, running_device
 from fp8tune.model.tracing import refuse_compiling
 
 __all__ = ["Calls", "Capture"]
@@ -35,7 +36,7 @@ class Capture:
 
     Args:
         module: the model.
-        candidates: the Linears to watch.
+        candidates: the layers to watch.
         budget_bytes: bytes of tensors that may be kept, see ``fp8tune.model.kept``;
             signatures past it are timed with random numbers.
         gradient_seen: called whenever a gradient reaches the model.
@@ -240,14 +241,15 @@ class Capture:
         this_pass = None if recompute else self._entrances.current()
         if fqn in self.transformed:
             return
-        tensor = args[0] if args else kwargs["input"]
+        call = call_of(linear, args, kwargs)
+        tensor = call.input
         if tensor.numel() == 0:
             self.without_rows.add(fqn)
             return
         if not (recompute or this_pass):
             return
         self._called.add(fqn)
-        signature = signature_of(linear, tensor, recompute=recompute)
+        signature = signature_of(linear, call, recompute=recompute)
         if self._is_gathered(fqn, linear):  # and soon let go of
             self._tensors.keep_weight(signature.shape, linear.weight)
         if this_pass:
@@ -257,19 +259,19 @@ class Capture:
         self._linears.setdefault(signature.shape, linear)
         self.device = tensor.device
         self._places.setdefault(signature.shape, tensor.device)
-        self._tensors.keep_input(signature.shape, tensor)
+        self._tensors.keep_input(signature.shape, tensor, call.offs)
         if output.requires_grad:
             self._wait_for(output, signature, this_pass)
 
     def _is_gathered(self, fqn: str, linear: nn.Linear) -> bool:
         """Whether FSDP2 made the weight for this call, out of the shards."""
-        sharded_now = id(linear) in self._sharded
+        sharded_now = id(home_of(linear)) in self._sharded
         return sharded_now or mesh_dims(linear.weight) != self._at_rest[fqn]
 
     @cached_property
     def _sharded(self) -> set[int]:
         # At the first call, since a model may be sharded after it was wrapped.
-        return fsdp_linears(self._module)
+        return fsdp_modules(self._module)
 
     def _wait_for(
         self, output: torch.Tensor, signature: Signature, this_pass: Pass | None
@@ -283,6 +285,6 @@ class Capture:
         self._entrances.saw_gradient(recomputed=signature.recompute)
         self._tensors.keep_grad(signature.shape, grad)
         linear = self._linears.get(signature.shape)
-        if linear is not None and id(linear) not in self._sharded:
+        if linear is not None and id(home_of(linear)) not in self._sharded:
             # As it was when the other two were made, if there is room for it too.
             self._tensors.keep_weight(signature.shape, linear.weight)

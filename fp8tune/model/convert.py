@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from fp8tune.errors import ModelError
+from fp8tune.model.experts import plain_class
+from fp8tune.model.rerouting import attach, detach
 from fp8tune.model.sharding import is_plain_linear, rebase, rebase_subclass
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
+
+    from torch import nn
 
 
 __all__ = [
@@ -34,6 +36,9 @@ __all__ = [
 # Attributes of the user's that a conversion hides, kept on the layer itself so that they
 # travel with copies and pickles of it.
 _HIDDEN = "_hidden_by_conversion"
+
+# Why the calls of a grouped GEMM are led through it; see ``fp8tune.model.rerouting``.
+_CONVERTED = "converted"
 
 
 class Converts(Protocol):
@@ -61,17 +66,18 @@ _CHANGES: weakref.WeakKeyDictionary[nn.Module, _Change] = weakref.WeakKeyDiction
 def change_class(
     linear: nn.Linear, kind: type[nn.Linear], attributes: Mapping[str, Any]
 ) -> None:
-    """Make a plain ``nn.Linear`` an instance of ``kind``.
+    """Make a plain ``nn.Linear``, or grouped GEMM, an instance of ``kind``.
 
     Attributes of the user's that have the same names are put aside until
     ``restore_class``.
 
     Args:
-        linear: a module whose type is ``nn.Linear``, or what fully_shard made of it.
-        kind: a subclass of ``nn.Linear`` with the same Parameters.
-        attributes: what instances of ``kind`` have besides those of ``nn.Linear``.
+        linear: a module whose type is ``nn.Linear``, or what fully_shard made of it; or
+            ``GroupedLinear``, whose owner then calls it.
+        kind: a subclass of that type with the same Parameters.
+        attributes: what instances of ``kind`` have besides those of that type.
     """
-    changed = rebase(type(linear), nn.Linear, kind)
+    changed = rebase(type(linear), plain_class(linear), kind)
     assert changed is not None, f"{type(linear).__name__} is no plain nn.Linear"
     linear.__class__ = changed
     own = vars(linear)
@@ -80,6 +86,7 @@ def change_class(
     if hidden:
         own[_HIDDEN] = hidden
     _CHANGES[linear] = _Change(kind, attributes)
+    attach(linear, _CONVERTED)
 
 
 def restore_class(
@@ -95,13 +102,14 @@ def restore_class(
     """
     _restore(linear, kind, attributes)
     _CHANGES.pop(linear, None)
+    detach(linear, _CONVERTED)
 
 
 def _restore(
-    linear: nn.Module, kind: type[nn.Linear], attributes: Mapping[str, Any]
+    linear: nn.Linear, kind: type[nn.Linear], attributes: Mapping[str, Any]
 ) -> None:
-    found = type(linear)
-    restored = rebase(found, kind, nn.Linear) or rebase_subclass(found, kind, nn.Linear)
+    found, plain = type(linear), plain_class(linear)
+    restored = rebase(found, kind, plain) or rebase_subclass(found, kind, plain)
     if restored is None:
         raise ModelError(
             f"a layer that was converted to {kind.__name__} has become a "
@@ -139,7 +147,7 @@ def take_back(linear: nn.Module, twin: nn.Module) -> None:
     """Do to a layer's twin what ``restore_class`` would do to the layer, if converted."""
     change = _CHANGES.get(linear)
     if change is not None:
-        _restore(twin, *change)
+        _restore(cast("nn.Linear", twin), *change)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from fp8tune.errors import ModelError
 from fp8tune.model.convert import take_back
+from fp8tune.model.experts import where_kept
+from fp8tune.model.rerouting import take_routes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +36,7 @@ __all__ = [
 
 _REDUCE = "__reduce_ex__"
 _REPLICATE = "_replicate_for_data_parallel"
+_OURS = (_REDUCE, _REPLICATE, where_kept)
 
 
 def guard_copies(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -99,6 +102,7 @@ def plain_twin(module: nn.Module) -> Any:
     twin = object.__new__(type(module))
     vars(twin).update(_without_ours(vars(module)))
     take_back(module, twin)
+    take_routes(twin)
     return twin
 
 
@@ -111,7 +115,7 @@ def _without_ours(attributes: Mapping[str, Any]) -> dict[str, Any]:
         for number, hook in hooks.items()
         if is_ours(hook)
     }
-    found = {k: v for k, v in attributes.items() if k not in (_REDUCE, _REPLICATE)}
+    found = {k: v for k, v in attributes.items() if k not in _OURS}
     for name, hooks in registries.items():
         if ours & hooks.keys():
             kept = ((k, v) for k, v in hooks.items() if k not in ours)

@@ -17,11 +17,12 @@ import torch
 
 from fp8tune.errors import ModelError, in_short
 from fp8tune.model.capture import Capture
+from fp8tune.model.experts import GroupedLinear
 from fp8tune.model.fakes import Fakes
 from fp8tune.model.outputs import tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from torch import nn
 
@@ -51,7 +52,7 @@ def dry_run(
 
     Args:
         module: the model, on any device, the meta device included; sharded or not.
-        candidates: its Linears that are watched.
+        candidates: its layers that are watched.
         args: what it is called with; only shapes, strides and dtypes count.
         kwargs: the same, by name.
         device: where all of it would be; None leaves each tensor on its own device.
@@ -68,7 +69,7 @@ def dry_run(
     try:
         faked, copy_of = fakes.module(module)
         inputs = fakes.tree((tuple(args), dict(kwargs)))
-        watched = [replace(x, linear=copy_of(x.linear)) for x in candidates]
+        watched = [replace(x, linear=_copy(x.linear, copy_of)) for x in candidates]
         capture = Capture(faked, watched, 0)
         with fakes.mode, _uncached_autocast(), torch.enable_grad():
             differentiated = _train(faked, *inputs)
@@ -83,6 +84,12 @@ def dry_run(
             "no backward to plan for; call it as training does, in training mode"
         )
     return capture
+
+
+def _copy(linear: nn.Linear, copy_of: Callable[[Any], Any]) -> nn.Linear:
+    if isinstance(linear, GroupedLinear):
+        return GroupedLinear(copy_of(linear.owner), linear.parameter)
+    return copy_of(linear)
 
 
 def _nothing(record: logging.LogRecord) -> bool:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fp8tune.model.experts import home_of
 from fp8tune.model.flops import FlopCount
 from fp8tune.model.graph_capture import GraphCapture
 from fp8tune.model.passes import Pass, Passes, in_backward
+from fp8tune.model.rerouting import attach, detach
 from fp8tune.model.tracing import refuse_compiling
 from fp8tune.model.transforms import under_transform
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Entrances", "set_call"]
+
+# Why the calls of a grouped GEMM are led through it; see ``fp8tune.model.rerouting``.
+_WATCHED = "watched"
 
 
 class Entrances:
@@ -69,6 +74,7 @@ class Entrances:
         self.elsewhere = 0
         self.forwards = 0
         for fqn, linear in self._linears.items():
+            attach(linear, _WATCHED)
             set_call(linear, partial(self._call_layer, fqn, linear))
         self._handles = [
             module.register_forward_pre_hook(self._forward_begins),
@@ -81,6 +87,7 @@ class Entrances:
             handle.remove()
         for linear in self._linears.values():
             set_call(linear, None)
+            detach(linear, _WATCHED)
         self._flops.end()
         self._handles.clear()
         self._linears.clear()
@@ -168,7 +175,9 @@ class Entrances:
     def _layer_trains(self, linear: nn.Linear) -> bool:
         if self._graph.is_under_way():
             return False
-        return torch.is_grad_enabled() or (self._recomputed and linear.training)
+        return torch.is_grad_enabled() or (
+            self._recomputed and home_of(linear).training
+        )
 
 
 def set_call(module: nn.Module, call: Callable[..., Any] | None) -> None:

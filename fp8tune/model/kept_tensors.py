@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import torch
+
 from fp8tune.model.allocation import is_out_of_memory
 from fp8tune.model.called import of_weight
 from fp8tune.model.candidates import Sample
@@ -13,7 +15,6 @@ from fp8tune.model.sharding import to_local
 from fp8tune.model.transforms import is_wrapped
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from fp8tune.decision.records import Shape, Signature
@@ -36,14 +37,20 @@ class KeptTensors:
         self._inputs = Kept(self._budget)
         self._grads = Kept(self._budget)
         self._weights = Kept(self._budget)
+        self._offs: dict[Shape, torch.Tensor] = {}
 
-    def keep_input(self, shape: Shape, tensor: torch.Tensor) -> None:
-        """Keep the input of a call, shape (..., K)."""
-        self._keep(self._inputs, shape, tensor)
+    def keep_input(
+        self, shape: Shape, tensor: torch.Tensor, offs: torch.Tensor | None = None
+    ) -> None:
+        """Keep the input of a call, shape (..., K), and where each expert's rows end."""
+        kept = self._keep(self._inputs, shape, tensor, offs)
+        # Not those of a dry run. They are small, so that the budget does not matter.
+        if type(offs) is torch.Tensor and (kept or shape not in self._offs):
+            self._offs[shape] = offs.detach().clone()
 
     def keep_grad(self, shape: Shape, tensor: torch.Tensor) -> None:
         """Keep the gradient of its output, shape (..., N)."""
-        self._keep(self._grads, shape, tensor)
+        self._keep(self._grads, shape, tensor, self._offs.get(shape))
 
     def keep_weight(self, shape: Shape, tensor: torch.Tensor) -> None:
         """Keep the weight as it is now, shape (N, K)."""
@@ -62,6 +69,7 @@ class KeptTensors:
             self._weights.get(of_weight(shape)),
             device,
             finite=self._inputs.is_finite(shape) and self._grads.is_finite(shape),
+            offs=self._offs.get(shape),
         )
 
     def release(self) -> None:
@@ -71,18 +79,25 @@ class KeptTensors:
         for kept in (self._inputs, self._grads, self._weights):
             kept.clear()
 
-    def _keep(self, kept: Kept, shape: Shape, tensor: torch.Tensor) -> None:
+    def _keep(
+        self,
+        kept: Kept,
+        shape: Shape,
+        tensor: torch.Tensor,
+        offs: torch.Tensor | None = None,
+    ) -> bool:
+        """Whether this very tensor was kept."""
         if is_wrapped(tensor):  # it would be dead when it is timed
-            return
+            return False
         local = to_local(tensor)
         kept.drop_if_not_finite(shape)  # as of a loss scale that overflowed
         if not kept.make_room(shape, local.nbytes):
-            return
+            return False
         try:
             # A copy, since the model may change the tensor in place afterwards.
             copy = self._copies.of(tensor)
             if copy is None:
-                copy = local.clone()
+                copy = _without_tail(local.clone(), offs)
                 self._copies.remember(tensor, copy)
             kept.put(shape, copy)
         except (RuntimeError, MemoryError) as error:
@@ -90,3 +105,13 @@ class KeptTensors:
                 raise
             logger.info("no memory to keep tensors for timing; using random numbers")
             self.release()
+            return False
+        return True
+
+
+def _without_tail(copy: torch.Tensor, offs: torch.Tensor | None) -> torch.Tensor:
+    """Zeros where no expert's rows are, which hold whatever was there before."""
+    if offs is not None:
+        numbers = torch.arange(len(copy), device=copy.device)
+        copy.masked_fill_((numbers >= offs[-1]).unsqueeze(-1), 0)
+    return copy

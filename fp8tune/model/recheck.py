@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from fp8tune.decision.reasons import Reason
 from fp8tune.model.candidates import Candidate, LeftOut
 from fp8tune.model.copies import plain_twin
-from fp8tune.model.linears import named_linears
+from fp8tune.model.experts import home_of
+from fp8tune.model.linears import named_gemms
 from fp8tune.model.screen import why_not_plain
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def rescreen(
     screened: Sequence[Candidate | LeftOut],
     transformed: Collection[str] = (),
 ) -> list[Candidate | LeftOut]:
-    """The model's Linears as they are now, with what was found when it was wrapped.
+    """The model's layers as they are now, with what was found when it was wrapped.
 
     Args:
         module: the model.
@@ -37,10 +38,10 @@ def rescreen(
     Raises:
         ModelError: a converted layer has a class that cannot be taken back.
     """
-    known = {(x.fqn, id(x.linear)): x for x in screened}
+    known = {(x.fqn, id(home_of(x.linear))): x for x in screened}
 
     def now(fqn: str, linear: nn.Linear) -> Candidate | LeftOut:
-        record = known.get((fqn, id(linear)))
+        record = known.get((fqn, id(home_of(linear))))
         if record is None:
             return LeftOut(fqn, linear, Reason.REPLACED)
         if isinstance(record, Candidate):
@@ -50,4 +51,4 @@ def rescreen(
             return LeftOut(fqn, linear, reason) if reason else record
         return record
 
-    return [now(fqn, linear) for fqn, linear in named_linears(module)]
+    return [now(fqn, linear) for fqn, linear in named_gemms(module)]

@@ -11,9 +11,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from fp8tune.model.experts import GroupedLinear, plain_class, stand_in
+
 __all__ = [
     "as_computed",
-    "fsdp_linears",
+    "fsdp_modules",
     "gathered_shape",
     "is_plain_linear",
     "kind_of_device",
@@ -47,10 +49,10 @@ def kind_of_device(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).name)
 
 
-def fsdp_linears(module: nn.Module) -> set[int]:
-    """Ids of the Linears whose weights FSDP2 gathers before they run."""
+def fsdp_modules(module: nn.Module) -> set[int]:
+    """Ids of the modules whose weights FSDP2 gathers before they run."""
     roots = [child for child in module.modules() if isinstance(child, FSDPModule)]
-    return {id(x) for root in roots for x in root.modules() if isinstance(x, nn.Linear)}
+    return {id(x) for root in roots for x in root.modules()}
 
 
 def as_computed(linear: nn.Linear, *, fsdp: bool) -> nn.Linear:
@@ -66,7 +68,11 @@ def as_computed(linear: nn.Linear, *, fsdp: bool) -> nn.Linear:
     weight = linear.weight
     if not isinstance(weight, DTensor):
         return linear
-    n, k = gathered_shape(weight) if fsdp else to_local(weight).shape
+    shape = gathered_shape(weight) if fsdp else to_local(weight).shape
+    if isinstance(linear, GroupedLinear):
+        whole = torch.empty(shape, device="meta", dtype=weight.dtype)
+        return stand_in(nn.Parameter(whole), transposed=linear.transposed)
+    n, k = shape
     return nn.Linear(k, n, bias=False, device="meta", dtype=weight.dtype)
 
 
@@ -98,8 +104,9 @@ def own_dims(weight: DTensor) -> range:
 
 
 def is_plain_linear(linear: nn.Linear) -> bool:
-    """Whether the type is nn.Linear, or the subclass that fully_shard makes of it."""
-    return rebase(type(linear), nn.Linear, nn.Linear) is not None
+    """Whether it is not converted: its type, or what fully_shard made of it, is plain."""
+    plain = plain_class(linear)
+    return rebase(type(linear), plain, plain) is not None
 
 
 _REBASED: dict[tuple[type, type], type] = {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fp8tune.decision.decisions import Decisions
     from fp8tune.decision.records import Decision
 
-__all__ = ["exact_fqns", "find", "substring_excludes"]
+__all__ = ["exact_fqns", "find", "linears_of", "refuse_experts", "substring_excludes"]
 
 
 def find(plan: Decisions, fqn: str) -> Decision | None:
@@ -55,10 +55,32 @@ def substring_excludes(
     return sorted(chosen)
 
 
+def linears_of(plan: Decisions) -> list[str]:
+    """The names of the plan's Linears, which are all that filters of other trainers see."""
+    return [x.fqn for x in plan.decisions if not x.experts]
+
+
+def refuse_experts(plan: Decisions) -> None:
+    """Refuse a plan that converts what the names of modules cannot say.
+
+    Raises:
+        ExportError: it converts grouped GEMMs of experts; the message names the first.
+    """
+    converted = set(plan.converted_fqns)
+    experts = [x.fqn for x in plan.decisions if x.experts and x.fqn in converted]
+    if experts:
+        raise ExportError(
+            f"the plan converts {experts[0]!r}, a grouped GEMM of experts ({len(experts)} "
+            "in all), and filters of modules or names only know Linears; use "
+            "plan.apply(model), or tune with filter_fqns that leaves the experts out"
+        )
+
+
 def _split(
     plan: Decisions, model_or_fqns: nn.Module | Iterable[str]
 ) -> tuple[list[str], list[str]]:
     """The names that the plan converts, and the others, each in the given order."""
+    refuse_experts(plan)
     kept: list[str] = []
     excluded: list[str] = []
     missing = dict.fromkeys(plan.converted_fqns)

@@ -21,7 +21,12 @@ from fp8tune.decision.gemms import CASTS, base_of, gemms_of
 from fp8tune.decision.records import Verdict
 from fp8tune.errors import ExportError
 from fp8tune.plan import megatron
-from fp8tune.plan.excludes import exact_fqns, substring_excludes
+from fp8tune.plan.excludes import (
+    exact_fqns,
+    linears_of,
+    refuse_experts,
+    substring_excludes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,6 +60,7 @@ def export_lines(plan: Plan, target: str) -> list[str]:
             f"unknown target {target!r}; choose one of {', '.join(sorted(TARGETS))}"
         )
     recipes, write = TARGETS[target]
+    refuse_experts(plan)
     recipe = single_recipe(plan)
     known = base_of(recipe) if target in _TAKE_PARTS else recipe
     if known not in recipes:
@@ -178,7 +184,7 @@ def _olmo(plan: Plan, recipe: str) -> list[str]:
             f"the plan converts {always_ignored!r}, which OLMo-core never does; tune "
             f'with filter_fqns=["{always_ignored}"]'
         )
-    names = exact_fqns(plan, [x.fqn for x in plan.decisions])
+    names = exact_fqns(plan, linears_of(plan))
     return [
         "Float8Config(",
         f"    ao_recipe=AOFloat8LinearRecipe.{recipe},",
@@ -188,7 +194,7 @@ def _olmo(plan: Plan, recipe: str) -> list[str]:
 
 
 def _all_substrings(plan: Plan) -> list[str]:
-    return substring_excludes(plan, [x.fqn for x in plan.decisions])
+    return substring_excludes(plan, linears_of(plan))
 
 
 def _listed(name: str, values: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The plan: what became of every Linear, and how to do the same to another model."""
+"""The plan: what became of every layer, and how to do the same to another model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fp8tune.decision.kinds import has_many_sizes
 from fp8tune.decision.records import Decision, Verdict
 from fp8tune.errors import CacheError, PlanMismatchError
 from fp8tune.model.candidates import Candidate, LeftOut
-from fp8tune.model.linears import named_linears
+from fp8tune.model.experts import experts_in
+from fp8tune.model.linears import named_gemms, named_linears
 from fp8tune.model.screen import why_not_plain
 from fp8tune.plan import excludes
 from fp8tune.plan.versions import PLAN_VERSION, upgraded
@@ -110,19 +111,23 @@ class Plan(Decisions):
         from fp8tune.recipes.registry import resolve_recipes  # noqa: PLC0415 - imports torchao
 
         given = self.recipe if recipe is None else recipe
-        for fqn, linear in named_linears(module):
+        for fqn, linear in named_gemms(module):
             decision = self.get(fqn)
             if decision and decision.recipe and why_not_plain(linear) is not None:
                 recipes = resolve_recipes(given, linear.weight.device)
                 recipes.in_place_of(decision.recipe).revert(linear)
 
     def sort(self, module: nn.Module) -> list[Candidate | LeftOut]:
-        """The model's Linears as this plan has them, in model order.
+        """The model's layers as this plan has them, in model order.
+
+        A plan that knows no experts, as of a version before they were tuned, leaves those
+        of the model alone.
 
         Raises:
             PlanMismatchError: the model's Linears are not those of the plan.
         """
-        linears = dict(named_linears(module))
+        knows_experts = any(x.experts for x in self.decisions)
+        linears = dict((named_gemms if knows_experts else named_linears)(module))
         self._require_same(linears)
         return [
             Candidate(fqn, linear)
@@ -179,8 +184,11 @@ class Plan(Decisions):
         return excludes.substring_excludes(self, model_or_fqns)
 
     def _require_same(self, linears: dict[str, nn.Linear]) -> None:
-        planned = {x.fqn: (x.k, x.n) for x in self.decisions}
-        found = {fqn: (x.in_features, x.out_features) for fqn, x in linears.items()}
+        planned = {x.fqn: _sizes(x.experts, x.k, x.n) for x in self.decisions}
+        found = {
+            fqn: _sizes(experts_in(x), x.in_features, x.out_features)
+            for fqn, x in linears.items()
+        }
         problems = [
             f"{fqn or '(root)'} is only in the plan"
             for fqn in planned.keys() - found.keys()
@@ -190,7 +198,7 @@ class Plan(Decisions):
             for fqn in found.keys() - planned.keys()
         ]
         problems += [
-            f"{fqn} has K, N = {found[fqn]}, in the plan {planned[fqn]}"
+            f"{fqn} has {found[fqn][0]} = {found[fqn][1]}, in the plan {planned[fqn][1]}"
             for fqn in planned.keys() & found.keys()
             if planned[fqn] != found[fqn]
         ]
@@ -257,3 +265,7 @@ class Plan(Decisions):
                 f"{(_FORMAT, PLAN_VERSION)!r}, as written by Plan.save of this version"
             )
         return decode(cls, upgraded(data.get("plan"), data.get("version")), "plan")
+
+
+def _sizes(experts: int, k: int, n: int) -> tuple[str, tuple[int, ...]]:
+    return ("E, K, N", (experts, k, n)) if experts else ("K, N", (k, n))

@@ -11,8 +11,9 @@ __all__ = ["PLAN_VERSION", "upgraded"]
 # 1: first. 2: candidate_ms and candidate_bytes were float8_ms and float8_bytes, and the
 # verdict "converted" was "float8". 3: decisions have timed_m and shared_by. 4: trials, a
 # list of results, are in trial, with what roles saved and the steps; plans have a
-# coverage. tests/data keeps a file of every version.
-PLAN_VERSION = 4
+# coverage. 5: decisions and shapes have experts, and shapes transposed. tests/data keeps a
+# file of every version.
+PLAN_VERSION = 5
 _RENAMED_IN_2 = {"float8_ms": "candidate_ms", "float8_bytes": "candidate_bytes"}
 
 
@@ -28,6 +29,8 @@ def upgraded(plan: Any, version: Any) -> Any:
     if version in (1, 2, 3) and isinstance(plan, dict):
         known = {"coverage": None, **cast("dict[str, Any]", plan)}
         plan = _with_trial(known)
+    if version in (1, 2, 3, 4) and isinstance(plan, dict):
+        plan = _without_experts(plan)
     return plan
 
 
@@ -82,3 +85,17 @@ def _with_trial(plan: dict[str, Any]) -> dict[str, Any]:
     steps = {"first": 0, "plans": list[int](), "ms": list[float]()}
     known = {"converted": won, "unclear": [], "results": results}
     return rest | {"trial": known | {"roles": [], "steps": steps}}
+
+
+def _without_experts(data: Any) -> Any:
+    """All were Linears then: decisions, which have a verdict, and shapes, which have an m."""
+    if isinstance(data, list):
+        return [_without_experts(x) for x in cast("list[Any]", data)]
+    if not isinstance(data, dict):
+        return data
+    found = {k: _without_experts(x) for k, x in cast("dict[str, Any]", data).items()}
+    if "verdict" in found:
+        found["experts"] = 0
+    if "m" in found and "input_dtype" in found:
+        found |= {"experts": 0, "transposed": False}
+    return found

@@ -1,13 +1,21 @@
 """bfloat16 GEMMs inside a float32 model."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fp8tune.decision.reasons import Reason
 from fp8tune.model.convert import change_class, restore_class
+from fp8tune.model.experts import GroupedLinear
 
-__all__ = ["BFloat16Linear", "BFloat16Recipe"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["BFloat16Experts", "BFloat16Linear", "BFloat16Recipe"]
 
 
 class BFloat16Linear(nn.Linear):
@@ -18,6 +26,23 @@ class BFloat16Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
         weight = self.weight.to(torch.bfloat16)
         return F.linear(input.to(torch.bfloat16), weight, bias).to(input.dtype)
+
+
+class BFloat16Experts(GroupedLinear):
+    """A grouped GEMM in bfloat16 of experts whose weights and rows are float32."""
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        offs: torch.Tensor,
+        call: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Shapes (T, K) and (E, K, N) -> (T, N), in the dtype of the input."""
+        del call  # Transformers' own operator is a loop
+        low = torch.bfloat16
+        product = F.grouped_mm(input.to(low), weight.to(low), offs=offs)
+        return product.to(input.dtype)
 
 
 class BFloat16Recipe:
@@ -31,6 +56,7 @@ class BFloat16Recipe:
     reference = "float32"
     settings = "BFloat16Linear"
     emulated = False
+    takes_experts = True
 
     def supports(self, linear: nn.Linear) -> Reason | None:
         """Only float32 weights have something to gain."""
@@ -42,9 +68,13 @@ class BFloat16Recipe:
         del linear
 
     def convert(self, linear: nn.Linear) -> None:
-        """Give the Linear the class BFloat16Linear."""
-        change_class(linear, BFloat16Linear, {})
+        """Give the Linear the class BFloat16Linear, or BFloat16Experts."""
+        change_class(linear, _class_for(linear), {})
 
     def revert(self, linear: nn.Linear) -> None:
-        """Give it back the class nn.Linear."""
-        restore_class(linear, BFloat16Linear, {})
+        """Give it back its class."""
+        restore_class(linear, _class_for(linear), {})
+
+
+def _class_for(linear: nn.Linear) -> type[nn.Linear]:
+    return BFloat16Experts if isinstance(linear, GroupedLinear) else BFloat16Linear

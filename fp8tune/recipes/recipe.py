@@ -23,8 +23,9 @@ class Recipe(Protocol):
             cache hold for equal settings only.
         emulated: whether the device lacks the GEMMs, so that only numerics are real.
 
-    A recipe may also have ``for_any_rows``, itself for layers whose calls may have no rows,
-    ``inductor_settings`` (see ``fp8tune.compiling.inductor``), ``casts`` (see
+    A recipe may also have ``takes_experts``, True if it converts grouped GEMMs of experts
+    too (see ``fp8tune.model.experts.GroupedLinear``), ``for_any_rows``, itself for layers
+    whose calls may have no rows, ``inductor_settings`` (see ``fp8tune.compiling.inductor``), ``casts`` (see
     ``fp8tune.recipes.casts``), what ``ByGemm`` has, and ``has_static_filter``: True if its
     ``static_filter`` has thresholds of torchao's, so that tables compare with them.
     """

@@ -40,8 +40,8 @@ def expert_lines(coverage: Coverage | None) -> list[str]:
     share = 100 * flops / coverage.total
     return [
         (
-            f"experts have {share:.1f}% of a step's GEMM FLOPs and are not tuned: their "
-            "weights are 3-D Parameters, multiplied by grouped GEMMs, and only nn.Linear is "
-            "converted; what a plan gains is of the rest"
+            f"experts have {share:.1f}% of a step's GEMM FLOPs and are not tuned: the "
+            "recipe takes no grouped GEMMs, or they are not called with the experts' own "
+            "3-D Parameters (the table says which); what a plan gains is of the rest"
         )
     ]

@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING
 from fp8tune.decision.kinds import MOST_TIMED
 
 if TYPE_CHECKING:
-    from fp8tune.decision.records import Decision, Shape, Signature
+    from collections.abc import Iterable
 
-__all__ = ["describe_signature", "rows_words", "sizes_words"]
+    from fp8tune.decision.records import Decision, Layer, Shape, Signature
+
+__all__ = ["describe_signature", "layers_word", "rows_words", "sizes_words"]
+
+
+def layers_word(layers: Iterable[Decision | Layer]) -> str:
+    """What they are called: "Linears", or "GEMMs" where some are experts'."""
+    return "GEMMs" if any(x.experts for x in layers) else "Linears"
 
 
 def rows_words(decision: Decision) -> str:
@@ -36,7 +43,8 @@ def _sizes(decision: Decision) -> list[int]:
 def describe_signature(signature: Signature) -> str:
     """One signature in a few words, for log lines."""
     shape = signature.shape
-    parts = [f"M={shape.m} K={shape.k} N={shape.n}", _dtypes(shape)]
+    experts = f" E={shape.experts}" if shape.experts else ""
+    parts = [f"M={shape.m} K={shape.k} N={shape.n}{experts}", _dtypes(shape)]
     wanted = {
         "input": signature.grad_input,
         "weight": signature.grad_weight,

@@ -105,7 +105,8 @@ def own_names_line(model: str, names: Sequence[str]) -> str:
 def start_line(screened: Sequence[Candidate | LeftOut], recipe: str) -> str:
     """How many Linears will be timed, and why not the others."""
     number = sum(not isinstance(x, LeftOut) for x in screened)
-    text = f"{number} of {len(screened)} Linears are candidates for {recipe}"
+    what = _word(screened)
+    text = f"{number} of {len(screened)} {what} are candidates for {recipe}"
     reasons = _counted_reasons(screened)
     return f"{text}; left out: {reasons}" if reasons else text
 
@@ -113,9 +114,14 @@ def start_line(screened: Sequence[Candidate | LeftOut], recipe: str) -> str:
 def no_candidates_line(screened: Sequence[LeftOut | Candidate]) -> str:
     """What a user reads whose model has nothing to tune."""
     return (
-        f"none of the {len(screened)} Linears is a candidate "
+        f"none of the {len(screened)} {_word(screened)} is a candidate "
         f"({_counted_reasons(screened)}), so the model trains on in high precision"
     )
+
+
+def _word(screened: Sequence[Candidate | LeftOut]) -> str:
+    grouped = any(getattr(x.linear, "experts", 0) for x in screened)
+    return "GEMMs" if grouped else "Linears"
 
 
 def _counted_reasons(screened: Sequence[Candidate | LeftOut]) -> str:

@@ -10,7 +10,7 @@ from fp8tune.decision.folding import fold_names
 from fp8tune.decision.records import Decision, Verdict
 from fp8tune.report.columns import Column, column_lines, paragraph
 from fp8tune.report.coverage import coverage_line
-from fp8tune.report.describe import rows_words, sizes_words
+from fp8tune.report.describe import layers_word, rows_words, sizes_words
 from fp8tune.report.recipes import (
     COST_COLUMNS,
     converted_words,
@@ -40,6 +40,7 @@ __all__ = [
     "summary",
     "summary_line",
     "table_lines",
+    "whole_sizes",
     "words",
 ]
 
@@ -141,10 +142,11 @@ def cells(decision: Decision, recipe: str) -> list[str]:
     converted = decision.verdict is Verdict.CONVERTED
     to = decision.recipe or recipe
     verdict = f"{to if converted else 'reference'}: {words(decision.reason)}"
+    k, n = whole_sizes(decision)
     return [
         rows_words(decision),
-        part_of(decision.k, {x.shape.k for x, _ in decision.signatures}),
-        part_of(decision.n, {x.shape.n for x, _ in decision.signatures}),
+        part_of(k, {x.shape.k for x, _ in decision.signatures}),
+        part_of(n, {x.shape.n for x, _ in decision.signatures}),
         milliseconds(decision.reference_ms),
         milliseconds(decision.candidate_ms),
         speedup_words(decision),
@@ -159,14 +161,22 @@ def summary(plan: Decisions) -> str:
 
 
 def summary_line(decisions: Sequence[Decision], name: str) -> str:
-    """How many Linears were converted to the recipe of that name, and why not the rest."""
+    """How many layers were converted to the recipe of that name, and why not the rest."""
     left = [x for x in decisions if x.verdict is Verdict.REFERENCE]
     reasons = Counter(x.reason for x in left)
     rest = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     number, total = len(decisions) - len(left), len(decisions)
     to = converted_words(decisions, name)
-    converted = f"converted {number} of {total} Linears to {to}"
+    converted = f"converted {number} of {total} {layers_word(decisions)} to {to}"
     return f"{converted}; not converted: {rest}" if rest else converted
+
+
+def whole_sizes(decision: Decision) -> tuple[int, int]:
+    """K and N; of experts as they were called, which says for certain which is which."""
+    k, n = decision.k, decision.n
+    called = [(x.shape.k, x.shape.n) for x, _ in decision.signatures]
+    exchanged = decision.experts and called and set(called) == {(n, k)}
+    return (n, k) if exchanged else (k, n)
 
 
 def part_of(whole: int, local: set[int]) -> str:

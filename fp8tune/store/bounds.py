@@ -58,6 +58,9 @@ def _check_signature(signature: Signature) -> None:
     sizes = (shape.m, shape.k, shape.n)
     fits = all(1 <= size <= _LARGEST for size in sizes)
     _require("M, K, N", sizes, fits, "sizes of at least 1")
+    lowest = 1 if shape.transposed else 0
+    fits = lowest <= shape.experts <= _LARGEST
+    _require("experts", shape.experts, fits, f"at least {lowest}")
 
 
 def _check_times(measurement: Measurement) -> None:
@@ -115,8 +118,8 @@ def check_run(
         CacheError: says what was found and what was expected.
     """
     # Many layers share few sizes and calls.
-    for k, n, calls in {(x.k, x.n, x.calls) for x in layers}:
-        _check_calls(k, n, calls)
+    for layer in {(x.k, x.n, x.experts, x.calls): x for x in layers}.values():
+        _check_calls(layer)
     names = {x.fqn for x in layers}
     if len(names) < len(layers):
         raise CacheError("found two layers of one name, expected each once")
@@ -146,15 +149,26 @@ def check_fallen(fallen: tuple[Fallen, ...], layers: tuple[Layer, ...]) -> None:
         _require("steps", x.steps, 0 <= x.steps <= _LARGEST, "at least 0")
 
 
-def _check_calls(k: int, n: int, calls: tuple[tuple[Signature, int], ...]) -> None:
-    fits = 0 <= k <= _LARGEST and 0 <= n <= _LARGEST
-    _require("K, N", (k, n), fits, "sizes")
-    for signature, count in calls:
+def _check_calls(layer: Layer) -> None:
+    whole = layer.k, layer.n, layer.experts
+    fits = all(0 <= x <= _LARGEST for x in whole)
+    _require("K, N, E", whole, fits, "sizes")
+    for signature, count in layer.calls:
         _check_signature(signature)
-        found = signature.shape.k, signature.shape.n
-        # Tensor parallelism leaves a rank a part of the layer.
-        fits = found[0] <= k and found[1] <= n
-        _require("K, N of a call", found, fits, f"the layer's {k}, {n}, or a part")
+        shape = signature.shape
+        found = shape.k, shape.n, shape.experts
+        # Tensor and expert parallelism leave a rank a part of the layer; which size of a
+        # matrix of experts is K only the call says.
+        either = (layer.n, layer.k, layer.experts) if layer.experts else whole
+        fits = bool(shape.experts) == bool(layer.experts) and any(
+            all(x <= y for x, y in zip(found, z, strict=True)) for z in (whole, either)
+        )
+        _require(
+            "K, N, E of a call",
+            found,
+            fits,
+            f"the layer's {_shortened(whole)}, or a part",
+        )
         _require("a count", count, 1 <= count <= _LARGEST, "at least 1")
 
 

@@ -31,9 +31,10 @@ FORMAT = "fp8tune-cache"
 #   3: runs say what candidates are of the step's matrix products, and trials what roles
 #      saved and their steps.
 #   4: runs say which layers lost their accuracy while they trained.
-FORMAT_VERSION = 4
+#   5: layers and shapes say how many experts they have, and shapes how these lie in memory.
+FORMAT_VERSION = 5
 
-# (version, table, record in its rows, field, what stands for it in files before).
+# (version, table, way to a record in its rows, field, what stands for it in files before).
 _ADDED: tuple[tuple[int, str, str | None, str, Any], ...] = (
     (2, "runs", None, "saved", ""),
     (2, "measurements", "measurement", "load", None),
@@ -41,6 +42,11 @@ _ADDED: tuple[tuple[int, str, str | None, str, Any], ...] = (
     (3, "runs", "trial", "roles", []),
     (3, "runs", "trial", "steps", {"first": 0, "plans": [], "ms": []}),
     (4, "runs", None, "fallen", []),
+    (5, "layers", None, "experts", 0),
+    (5, "signatures", "shape", "experts", 0),
+    (5, "signatures", "shape", "transposed", False),
+    (5, "measurements", "measurement.signature.shape", "experts", 0),
+    (5, "measurements", "measurement.signature.shape", "transposed", False),
 )
 
 T = TypeVar("T")
@@ -158,10 +164,16 @@ def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
     version = document["version"]
     for since, table, inner, name, value in _ADDED:
         for row in _rows(document, table) if version < since else ():
-            fields = row.get(inner) if inner and isinstance(row, dict) else row
+            fields = _inner(row, inner.split(".") if inner else ())
             if isinstance(fields, dict):
                 fields[name] = value
     return document
+
+
+def _inner(row: Any, names: Sequence[str]) -> Any:
+    for name in names:
+        row = cast("dict[str, Any]", row).get(name) if isinstance(row, dict) else None
+    return row
 
 
 def _rows(document: dict[str, Any], table: str) -> list[Any]:

@@ -7,7 +7,8 @@ computed is compared with the same three products in float32::
     grad_input   g  @ w      (M, K)
     grad_weight  g.T @ x     (N, K)
 
-The float32 side is made block by block, so that it needs no more memory than the captured
+A grouped GEMM is the same for each expert, with its rows and its matrix; one SQNR is of
+all of them together. The float32 side is made block by block, so that it needs no more memory than the captured
 tensors may.
 
 A product of which an operand holds inf or NaN says nothing of a recipe, nor does one that
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,9 +29,9 @@ from fp8tune.decision.accuracy import Accuracy
 from fp8tune.timing.casts import rows_that_fit, shares_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
-    from fp8tune.timing.replay import Replay
+    from fp8tune.timing.replay import Replay, Results
 
 __all__ = ["SQNR_LIMIT_DB", "accuracy_of", "decibels"]
 
@@ -62,23 +64,17 @@ def accuracy_of(replay: Replay, budget_bytes: int) -> Accuracy:
 def _compared(replay: Replay, cells: int) -> tuple[Accuracy, float]:
     """The accuracy, and the largest number of the gradients as a share of what fits."""
     results, operands = replay.results(), replay.operands
-    n, k = operands.weight.shape
-    x = operands.input.detach().reshape(-1, k)
-    w = operands.weight.detach()
-    g = operands.grad_output(results.output).detach().reshape(-1, n)
+    w, shape = operands.weight.detach(), replay.signature.shape
+    x = operands.input.detach().reshape(-1, shape.k)
+    g = operands.grad_output(results.output).detach().reshape(-1, shape.n)
+    largest = _largest(replay)
     with torch.no_grad():
         output, grad_input, grad_weight = (
-            _Product(None, 0.0)
-            if found is None
-            else _compare(found.reshape(-1, b.shape[1]), a, b, cells, _largest(replay))
-            for found, a, b in (
-                (results.output, x, w.t()),
-                (results.grad_input, g, w),
-                (results.grad_weight, g.t(), x),
-            )
+            _compare(products, cells, largest) if products else _Product(None, 0.0)
+            for products in _products(replay, results, (x, w, g))
         )
-        finite = all(map(_is_finite, (x, w, g)))
-        shares = shares_of(replay, (x, w, g), cells) if finite else (None, None)
+        known = all(map(_is_finite, (x, w, g))) and not shape.experts
+        shares = shares_of(replay, (x, w, g), cells) if known else (None, None)
     accuracy = Accuracy(
         output.sqnr_db, grad_input.sqnr_db, grad_weight.sqnr_db, *shares
     )
@@ -133,12 +129,64 @@ def _largest(replay: Replay) -> float:
     return torch.finfo(dtype).max
 
 
-def _compare(
+# What was computed as a @ b, and both factors.
+_Computed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _products(
+    replay: Replay,
+    results: Results,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> Iterator[list[_Computed]]:
+    """Output, gradient of the input and of the weight; of experts, one of each for each."""
+    x, w, g = operands
+    out, grad_x, grad_w = results.output.reshape(g.shape), *results[1:]
+    parts = list(_parts_of(replay, w))
+    yield [(out[rows], x[rows], weight.t()) for rows, weight, _ in parts]
+    found = None if grad_x is None else grad_x.reshape(x.shape)
+    yield [] if found is None else [(found[rows], g[rows], y) for rows, y, _ in parts]
+    yield (
+        []
+        if grad_w is None
+        else [(of(grad_w), g[rows].t(), x[rows]) for rows, _, of in parts]
+    )
+
+
+def _parts_of(
+    replay: Replay, w: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+    """Rows, (N, K) of the weight, and what takes the like out of another of its shape."""
+    shape = replay.signature.shape
+    if not shape.experts:
+        yield slice(None), w, lambda whole: whole
+        return
+    start = 0
+    for i, end in enumerate(replay.operands.offs.tolist()):
+        of = partial(_matrix, i, shape.transposed)
+        if end > start:
+            yield slice(start, end), of(w), of
+        start = end
+
+
+def _matrix(number: int, transposed: bool, whole: torch.Tensor) -> torch.Tensor:
+    return whole[number].t() if transposed else whole[number]
+
+
+def _compare(products: Sequence[_Computed], cells: int, largest: float) -> _Product:
+    """SQNR of all together, with about ``cells`` numbers alive at a time."""
+    signal = noise = peak = 0.0
+    for found, a, b in products:
+        if not (_is_finite(a) and _is_finite(b)):
+            return _Product(None, math.inf)
+        sums = _sums(found, a, b, cells, largest)
+        signal, noise, peak = signal + sums[0], noise + sums[1], max(peak, sums[2])
+    return _Product(None if peak > _LIMIT else decibels(signal, noise), peak)
+
+
+def _sums(
     found: torch.Tensor, a: torch.Tensor, b: torch.Tensor, cells: int, largest: float
-) -> _Product:
-    """SQNR of ``found`` against a @ b, with about ``cells`` numbers alive at a time."""
-    if not (_is_finite(a) and _is_finite(b)):
-        return _Product(None, math.inf)
+) -> tuple[float, float, float]:
+    """Signal, noise and the largest number of ``found`` against a @ b."""
     signal = noise = peak = 0.0
     inner = a.shape[1]
     columns = rows_that_fit(cells // 3, inner, b.shape[1])
@@ -151,7 +199,7 @@ def _compare(
             peak = max(peak, -float(low) / largest, float(high) / largest)
             noise += _sum_of_squares(exact - found[i : i + rows, j : j + columns])
             signal += _sum_of_squares(exact)
-    return _Product(None if peak > _LIMIT else decibels(signal, noise), peak)
+    return signal, noise, peak
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -42,7 +42,7 @@ def noise_of_typical_lines(replay: Replay, budget_bytes: int) -> float | None:
     Returns:
         noise / signal in energy, or None if the recipe does not say what it casts.
     """
-    if not isinstance(replay.recipe, Casts):
+    if not isinstance(replay.recipe, Casts) or replay.signature.shape.experts:
         return None
     n, k = replay.operands.weight.shape
     x = replay.operands.input.detach().reshape(-1, k)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8tune.model.allocation import is_out_of_memory
-from fp8tune.model.called import signature_of
+from fp8tune.model.called import call_of, signature_of
 from fp8tune.model.candidates import Sample
 from fp8tune.model.sharding import to_local
 from fp8tune.timing.accuracy import accuracy_of, decibels
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from fp8tune.model.called import Call
     from fp8tune.recipes.recipe import Recipe
 
 __all__ = ["Checked", "check_accuracy"]
@@ -78,10 +79,10 @@ def check_accuracy(
             output: torch.Tensor,
         ) -> None:
             del output
-            tensor = args[0] if args else kwargs["input"]
-            if tensor.numel() == 0:
+            inputs = call_of(linear, args, kwargs)
+            if inputs.input.numel() == 0:
                 return
-            sample = _sample(layer, linear, tensor)
+            sample = _sample(layer, linear, inputs)
             worst = call(_worst_db, sample, layer.recipe, budget_bytes)
             if worst is not None:
                 found[layer.fqn] = min(worst, found.get(layer.fqn, worst))
@@ -100,13 +101,14 @@ def check_accuracy(
     return found
 
 
-def _sample(layer: Checked, linear: nn.Linear, tensor: torch.Tensor) -> Sample:
+def _sample(layer: Checked, linear: nn.Linear, inputs: Call) -> Sample:
     signature = replace(
-        signature_of(linear, tensor, recompute=False),
+        signature_of(linear, inputs, recompute=False),
         grad_input=layer.grad_input,
         grad_weight=linear.weight.requires_grad,
     )
-    return Sample(signature, linear, to_local(tensor), None)
+    tensor = to_local(inputs.input)
+    return Sample(signature, linear, tensor, None, offs=inputs.offs)
 
 
 def _worst_db(sample: Sample, recipe: Recipe, budget_bytes: int) -> float | None:

@@ -19,8 +19,14 @@ from torch.nn import functional as F
 from fp8tune.compiling.cuda_graphs import without_cuda_graphs
 from fp8tune.config import Context
 from fp8tune.decision.records import REFERENCE, Shape
+from fp8tune.model.experts import stand_in
 from fp8tune.model.sharding import to_local
-from fp8tune.timing.synthetic import random_activations, random_weight
+from fp8tune.timing.synthetic import (
+    even_routing,
+    random_activations,
+    random_weight,
+    weight_shape,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -79,14 +85,26 @@ class Operands:
 
     @cached_property
     def weight(self) -> torch.Tensor:
-        """Shape (N, K): the layer's own, or a copy of what it was gathered to."""
+        """The layer's own, or a copy of what it was gathered to; see ``weight_shape``."""
         shape = self.sample.signature.shape
         own = to_local(self.sample.linear.weight)
         tensor = own if self.sample.weight is None else self.sample.weight
         dtype = getattr(torch, shape.weight_dtype)
-        if tensor.shape == (shape.n, shape.k) and tensor.dtype == dtype:
-            return tensor.to(self.device)  # which is elsewhere where it is offloaded
+        # The owner of experts may cast them before each call.
+        fits = shape.experts > 0 or tensor.dtype == dtype
+        if tensor.shape == weight_shape(shape) and fits:
+            return tensor.to(
+                self.device, dtype
+            )  # which is elsewhere where it is offloaded
         return random_weight(shape, self._generator)
+
+    @cached_property
+    def offs(self) -> torch.Tensor:
+        """Shape (E,): where the rows of each expert end, as seen in training."""
+        seen, shape = self.sample.offs, self.sample.signature.shape
+        return (
+            even_routing(shape, self.device) if seen is None else seen.to(self.device)
+        )
 
     @cached_property
     def bias(self) -> torch.Tensor:
@@ -181,6 +199,9 @@ class Replay:
     def _linear(self) -> nn.Linear:
         signature, operands = self.signature, self.operands
         shape = signature.shape
+        if shape.experts:
+            weight = nn.Parameter(operands.weight, signature.grad_weight)
+            return self._experts(weight)
         linear = nn.Linear(shape.k, shape.n, bias=shape.bias, device="meta")
         linear.weight = nn.Parameter(operands.weight, signature.grad_weight)
         if shape.bias:
@@ -188,6 +209,14 @@ class Replay:
         if self.recipe:
             self.recipe.convert(linear)
         return linear
+
+    def _experts(self, weight: nn.Parameter) -> Any:
+        """The stand-in of a module of experts, which is called like a Linear."""
+        transposed = self.signature.shape.transposed
+        gemm = stand_in(weight, self.operands.offs, transposed=transposed)
+        if self.recipe:
+            self.recipe.convert(gemm)
+        return gemm.owner
 
     @cached_property
     def _differentiated(self) -> list[torch.Tensor]:
@@ -201,12 +230,19 @@ class Replay:
 
     @cached_property
     def _forward(self) -> Body:
-        if self._compile_options is None:
+        if self._compile_options is None or self._is_opaque:
             return self._body
         plain = without_cuda_graphs(self._compile_options)
         options: dict[str, Any] = {"dynamic": False, **plain}
         function = _own_function(self._body, self.signature.shape)
         return torch.compile(function, **options)
+
+    @property
+    def _is_opaque(self) -> bool:
+        """Whether the compiler takes it for one call, or refuses it, as grouped float32."""
+        shape = self.signature.shape
+        plain = self.recipe is None and shape.input_dtype != "bfloat16"
+        return bool(shape.experts) and plain
 
 
 def _call(linear: nn.Linear, tensor: torch.Tensor) -> torch.Tensor:

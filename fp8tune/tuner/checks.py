@@ -13,7 +13,7 @@ from fp8tune.decision.reasons import Reason
 from fp8tune.errors import AlreadyCompiledError, ConfigError, ModelError
 from fp8tune.model.candidates import Candidate, LeftOut
 from fp8tune.model.copies import is_guarded
-from fp8tune.model.linears import dtype_name, named_linears
+from fp8tune.model.linears import dtype_name, named_gemms
 from fp8tune.model.sharding import running_device
 from fp8tune.plan.plan import Plan
 from fp8tune.recipes.registry import Recipes
@@ -100,7 +100,7 @@ def check_linears(module: Any) -> list[nn.Linear]:
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"module is {module!r}; it must be an nn.Module")
-    linears = [linear for _, linear in named_linears(module)]
+    linears = [linear for _, linear in named_gemms(module)]
     if not linears:
         raise ModelError(
             f"{type(module).__name__} holds no nn.Linear, so there is nothing to "
@@ -122,7 +122,7 @@ def _refuse_tuned(module: nn.Module) -> None:
 
 def _refuse_compiled(module: nn.Module) -> None:
     for name, child in module.named_modules():
-        if is_compiled(child) and any(named_linears(child)):
+        if is_compiled(child) and any(named_gemms(child)):
             raise AlreadyCompiledError(
                 f"{name or 'the model'} ({type(child).__name__}) is compiled already, so "
                 "its Linears cannot be watched or reverted. Pass the model before "

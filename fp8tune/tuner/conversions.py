@@ -12,6 +12,7 @@ from fp8tune.decision.kinds import has_many_sizes
 from fp8tune.decision.trials import GATHER
 from fp8tune.model.convert import convert_by, revert_by
 from fp8tune.model.copies import guard_copies
+from fp8tune.model.experts import home_of
 from fp8tune.model.layers import layer_of
 from fp8tune.model.screen import why_not_plain
 from fp8tune.recipes.empty import for_any_rows
@@ -213,8 +214,8 @@ class Conversions:
         So they do while it is tuned; what is frozen is copied as it is.
         """
         if wanted and self._unguard is None:
-            linears = [x.linear for x in self._candidates]
-            self._unguard = guard_copies([self._module, *linears])
+            homes = [home_of(x.linear) for x in self._candidates]
+            self._unguard = guard_copies(dict.fromkeys([self._module, *homes]))
         elif not wanted and self._unguard is not None:
             self._unguard()
             self._unguard = None

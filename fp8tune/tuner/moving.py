@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fp8tune.model.linears import named_linears
+from fp8tune.model.linears import named_gemms
 from fp8tune.model.sharding import running_device
 from fp8tune.report.moved import BEGUN_ANEW, KEPT_MOVING, STAGES_MOVED
 
@@ -67,7 +67,7 @@ class Moves:
 
 def device_of(module: nn.Module) -> torch.device | None:
     """Of the first Linear that is not on the meta device, if there is one."""
-    return _first(linear for _, linear in named_linears(module))
+    return _first(linear for _, linear in named_gemms(module))
 
 
 def _at_rest(pipeline: Pipeline) -> torch.device | None:

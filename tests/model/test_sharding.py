@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import (
 from fp8tune.config import StaticFilter
 from fp8tune.model.candidates import Candidate
 from fp8tune.model.screen import screen
-from fp8tune.model.sharding import as_computed, fsdp_linears, to_local
+from fp8tune.model.sharding import as_computed, fsdp_modules, to_local
 from fp8tune.recipes import get_recipe
 
 WORLD = 4
@@ -71,7 +71,7 @@ def shapes_of(sharding, width, hidden):
     """(screened, seen by the GEMM) of each layer on this rank; the candidates."""
     torch.manual_seed(0)
     model = SHARDINGS[sharding](Pair(width, hidden))
-    gathered = fsdp_linears(model)
+    gathered = fsdp_modules(model)
     shapes = {}
     for name in ("up", "down"):
         linear = getattr(model, name)

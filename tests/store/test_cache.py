@@ -34,7 +34,7 @@ from fp8tune.store.cache_file import FORMAT_VERSION
 from fp8tune.store.sealing import UNSEALED
 
 DATA = Path(__file__).parents[1] / "data"
-GOLDEN = DATA / "cache-v4.json"
+GOLDEN = DATA / "cache-v5.json"
 SAVED = "2026-01-31T12:00:00.000000+00:00"
 NOBODY = 65534
 COVERAGE = Coverage(3_221_225_472, (("attention", 268_435_456),))
@@ -369,16 +369,18 @@ def test_a_file_of_format_version_2_is_read_for_ever(warnings):
     assert warnings() == []
 
 
-def test_a_file_of_format_version_3_is_read_for_ever(warnings):
-    cache = Cache(DATA / "cache-v3.json")
+@pytest.mark.parametrize("version", [3, 4, 5])
+def test_a_file_with_a_trial_is_read_for_ever(warnings, version):
+    cache = Cache(DATA / f"cache-v{version}.json")
     assert_full_hit(cache)
     assert cache.trial(KEY, RUN) == TRIAL
     assert cache.coverage(KEY, MODEL) == COVERAGE
     assert warnings() == []
 
 
-def test_a_file_of_format_version_4_is_read_for_ever(warnings):
-    cache = Cache(DATA / "cache-v4.json")
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_file_with_what_fell_is_read_for_ever(warnings, version):
+    cache = Cache(DATA / f"cache-v{version}.json")
     assert_full_hit(cache)
     assert cache.trial(KEY, RUN) == TRIAL
     assert cache.fallen(KEY, MODEL) == (FELL,)
@@ -518,8 +520,8 @@ def test_one_changed_byte_anywhere_is_noticed_and_kept(filled, warnings):
 
 
 WRONG_FILES = [
-    ('"version": 4', '"version": 5', "version: found 5, expected 1 or 2 or 3"),
-    ('"version": 4', '"version": true', "version: found True, expected an integer"),
+    ('"version": 5', '"version": 6', "version: found 6, expected 1 or 2 or 3 or 4"),
+    ('"version": 5', '"version": true', "version: found True, expected an integer"),
     ("fp8tune-cache", "fp8tune-plan", "format: found 'fp8tune-plan', expected 'fp8"),
     ('"runs": ', '"races": ', "the top level: found unknown keys 'races' without"),
 ]

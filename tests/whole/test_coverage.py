@@ -13,8 +13,8 @@ transformers = pytest.importorskip("transformers")
 B, S = 2, 16
 
 
-def tuned(model, step, clock, **options):
-    auto = AutoFloat8(model, "bf16", warmup_steps=1, clock=clock, **options)
+def tuned(model, step, clock, recipe="bf16", **options):
+    auto = AutoFloat8(model, recipe, warmup_steps=1, clock=clock, **options)
     for _ in range(2):
         step(auto).backward()
         auto.zero_grad()
@@ -75,17 +75,22 @@ def test_mixtral(clock, experts):
     )
     coverage = tuned(model, step, clock).plan.coverage
     rows = 2 * B * S  # two experts for each token
-    assert coverage.candidates == 2 * gemm(B * S, 32, 32) + 2 * gemm(B * S, 32, 16)
+    in_experts = gemm(rows, 32, 2 * 48) + gemm(rows, 48, 32)
+    grouped = experts == "grouped_mm"
+    attended = 2 * gemm(B * S, 32, 32) + 2 * gemm(B * S, 32, 16)
+    assert coverage.candidates == attended + (in_experts if grouped else 0)
     assert dict(coverage.rest) == {
-        "experts": gemm(rows, 32, 2 * 48) + gemm(rows, 48, 32),
+        **({} if grouped else {"experts": in_experts}),
         "Linears left out": gemm(B * S, 32, 64),
         "attention": attention(4, 8),
         "MixtralTopKRouter": gemm(B * S, 32, 4),
     }
 
 
-@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
-def test_experts_that_are_not_tuned_are_a_warning(clock, caplog, experts):
+@pytest.mark.parametrize(
+    ("recipe", "experts"), [("rowwise", "grouped_mm"), ("bf16", "eager")]
+)
+def test_experts_that_are_not_tuned_are_a_warning(clock, caplog, recipe, experts):
     model, step = language_model(
         "Qwen3Moe",
         hidden_size=32,
@@ -97,7 +102,8 @@ def test_experts_that_are_not_tuned_are_a_warning(clock, caplog, experts):
         num_experts_per_tok=2,
         experts_implementation=experts,
     )
-    coverage = tuned(model, step, clock).plan.coverage
+    every = TuneConfig(static_filter="divisible")
+    coverage = tuned(model, step, clock, recipe, config=every).plan.coverage
     share = 100 * dict(coverage.rest)["experts"] / coverage.total
     (line,) = [x for x in caplog.messages if x.startswith("experts have")]
     assert f"{share:.1f}% of a step's GEMM FLOPs and are not tuned" in line
