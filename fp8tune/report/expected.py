@@ -100,7 +100,8 @@ def _expected(decision: Decision, table: Table) -> Expected | None:
 
 
 def _is_whole(signature: Signature) -> bool:
-    """Whether it is forward and both GEMMs of backward, in bfloat16."""
+    """Whether it is a Linear's forward and both GEMMs of its backward, in bfloat16."""
     shape = signature.shape
     dtype = shape.autocast_dtype or shape.input_dtype
-    return dtype == "bfloat16" and signature.grad_input and signature.grad_weight
+    both = signature.grad_input and signature.grad_weight
+    return dtype == "bfloat16" and both and not shape.experts

@@ -55,7 +55,7 @@ def shape_map(decisions: Iterable[Decision]) -> tuple[list[Grid], int]:
     """The speedups by shape.
 
     Args:
-        decisions: those that were called with one signature make a cell; of several
+        decisions: Linears that were called with one signature make a cell; of several
             with one shape the slowest counts.
 
     Returns:
@@ -63,7 +63,7 @@ def shape_map(decisions: Iterable[Decision]) -> tuple[list[Grid], int]:
     """
     by_k: dict[int, _Known] = {}
     for x in decisions:
-        if x.speedup is not None and len(x.signatures) == 1:
+        if x.speedup is not None and len(x.signatures) == 1 and not x.experts:
             shape = x.signatures[0][0].shape
             known = by_k.setdefault(shape.k, {})
             before = known.setdefault((shape.m, shape.n), x)

@@ -10,7 +10,7 @@ from fp8tune.decision.reasons import Reason
 from fp8tune.decision.records import Verdict
 from fp8tune.report.describe import describe_signature
 from fp8tune.report.recipes import cost_cells, other_variants
-from fp8tune.report.table import cells, speedup_words, words
+from fp8tune.report.table import cells, experts_words, speedup_words, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -67,6 +67,7 @@ class PageColumn(NamedTuple):
 _HEADINGS = (
     PageColumn("layer", "name"),
     *(PageColumn(x, x, i, True) for i, x in enumerate("MKN")),
+    PageColumn("E", "experts", 12, True),
     PageColumn("reference ms", "reference", 3, True),
     PageColumn("candidate ms", "candidate", 4, True),
     PageColumn("speedup", "speedup", 5, True),
@@ -77,7 +78,7 @@ _HEADINGS = (
     PageColumn("reason", "reason", 10),
     PageColumn("notes", "notes", 11),
 )
-_MAY_BE_ABSENT = ("sqnr", "peak", "notes")
+_MAY_BE_ABSENT = ("experts", "sqnr", "peak", "notes")
 
 
 class AccuracyRow(NamedTuple):
@@ -123,7 +124,10 @@ def layer_rows(subject: Subject) -> list[LayerRow]:
     decisions = subject.plan.decisions
     notes = _notes_of(subject.measurements)
     fqns = [x.fqn or "(root)" for x in decisions]
-    keys = [(x.k, x.n, x.verdict, x.reason, x.recipe, x.signatures) for x in decisions]
+    keys = [
+        (x.k, x.n, x.experts, x.verdict, x.reason, x.recipe, x.signatures)
+        for x in decisions
+    ]
     return [
         _row(name, [fqns[i] for i in indexes], decisions[indexes[0]], subject, notes)
         for name, indexes in fold_names(fqns, keys)
@@ -173,7 +177,8 @@ def _row(
         f"not {x.recipe}, {speedup_words(x)}: {words(x.reason)}"
         for x in other_variants(decision)
     ]
-    texts = [*numbers, *cost_cells(decision), *verdict, notes.of(decision)]
+    own = (notes.of(decision), experts_words(decision))
+    texts = [*numbers, *cost_cells(decision), *verdict, *own]
     return LayerRow(name, fqns, outcome_of(decision), texts, others)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "cells",
     "emulation_line",
+    "experts_words",
     "fold",
     "hparams",
     "milliseconds",
@@ -46,10 +47,12 @@ __all__ = [
 
 _COLUMNS = (
     Column("layer"),
-    *(Column(x, right=True) for x in ("M", "K", "N", "reference ms", "candidate ms")),
-    Column("speedup", right=True),
+    *(Column(x, right=True) for x in ("M", "K", "N", "E")),
+    *(Column(x, right=True) for x in ("reference ms", "candidate ms", "speedup")),
     Column("verdict"),
 )
+# The place of the column E, which only a plan with experts has.
+_EXPERTS = 4
 _WIDTH = 160
 _INTERPOLATED = (
     "speedups at the other sizes are interpolated between those that were timed"
@@ -63,6 +66,9 @@ def table_lines(plan: Decisions, width: int = _WIDTH) -> list[str]:
         row for name, x in fold(plan.decisions) for row in _rows(name, x, plan, costs)
     ]
     columns = [*_COLUMNS[:-1], *(COST_COLUMNS if costs else ()), _COLUMNS[-1]]
+    if not any(x.experts for x in plan.decisions):
+        for row in (columns, *rows):
+            del row[_EXPERTS]
     footer = [line for text in _footer(plan) for line in paragraph(text, width)]
     return [
         *column_lines(columns, rows, width),
@@ -77,12 +83,13 @@ def _rows(
 ) -> list[list[str]]:
     """The layer's own row, and one for each recipe that it was not converted to."""
     *numbers, verdict = cells(decision, plan.recipe)
+    numbers.insert(_EXPERTS - 1, experts_words(decision))
     own = [name, *numbers, *(cost_cells(decision) if costs else ()), verdict]
     if len(decision.variants) > 1 and decision.verdict is Verdict.REFERENCE:
         own[-1] = f"{verdict} ({decision.nearest})"
     others = [
         [
-            *("", "", "", "", ""),
+            *([""] * (_EXPERTS + 2)),
             milliseconds(x.candidate_ms),
             speedup_words(x),
             *(cost_cells(x) if costs else ()),
@@ -179,6 +186,13 @@ def whole_sizes(decision: Decision) -> tuple[int, int]:
     return (n, k) if exchanged else (k, n)
 
 
+def experts_words(decision: Decision) -> str:
+    """How many experts, and on this rank: "8", "4 of 8"; "-" for a Linear."""
+    if not decision.experts:
+        return "-"
+    return part_of(decision.experts, {x.shape.experts for x, _ in decision.signatures})
+
+
 def part_of(whole: int, local: set[int]) -> str:
     """The size on one rank, and of what it is a part: "64 of 512"."""
     parts = ",".join(str(x) for x in sorted(local))
@@ -222,6 +236,9 @@ def fold(decisions: Iterable[Decision]) -> list[tuple[str, Decision]]:
         pattern such as ``layers.{0..31}.wq``.
     """
     known = list(decisions)
-    keys = [(x.k, x.n, x.verdict, x.reason, x.recipe, x.signatures) for x in known]
+    keys = [
+        (x.k, x.n, x.experts, x.verdict, x.reason, x.recipe, x.signatures)
+        for x in known
+    ]
     groups = fold_names([x.fqn for x in known], keys)
     return [(pattern, known[indexes[0]]) for pattern, indexes in groups]

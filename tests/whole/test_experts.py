@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +24,7 @@ from fp8tune import (
     PlanMismatchError,
     Reason,
     TuneConfig,
+    plan_ahead,
 )
 from fp8tune.decision.records import REFERENCE
 from fp8tune.model.linears import named_gemms
@@ -136,6 +138,17 @@ def test_both_verdicts_among_the_gemms_of_one_module():
     assert signature.grad_weight
     assert 40 < up.sqnr_db < 60
     assert "converted 1 of 3 GEMMs" in auto.plan.summary()
+
+
+def test_the_table_and_the_page_say_how_many_experts(tmp_path):
+    auto = tuned()
+    heading, _, first, up, *_ = str(auto.plan).splitlines()
+    assert heading.split()[:5] == ["layer", "M", "K", "N", "E"]
+    assert first.split()[:6] == ["first", "24", "16", "16", "-", "1.000"]
+    assert up.split()[:6] == ["experts.up", "24", "16", "32", "4", "1.000"]
+    auto.report().to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert re.search(r"<th[^>]*>\s*(<[^>]*>)*E\b", page)
 
 
 def test_training_is_bit_equal_to_calls_rerouted_by_hand():
@@ -575,6 +588,14 @@ def test_decided_before_the_first_step():
     auto(rows()).square().mean().backward()
     assert auto.plan.converted_fqns == ["experts.up"]
     assert auto.plan["experts.down"].reason is Reason.SLOWER
+
+
+def test_a_plan_ahead_has_them():
+    clock = ScriptedClock(only_up)
+    plan = plan_ahead(Model, rows(), recipe="bf16", device="cpu", clock=clock)
+    assert plan.converted_fqns == ["experts.up"]
+    ((signature, _),) = plan["experts.up"].signatures
+    assert (signature.shape.m, signature.shape.experts) == (T, E)
 
 
 def test_a_converted_handle_is_shown_with_its_sizes():
