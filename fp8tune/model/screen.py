@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
-__all__ = ["AUTO_FILTER_FLAG", "screen", "unmatched_names", "why_not_plain"]
+__all__ = ["AUTO_FILTER_FLAG", "Takes", "screen", "unmatched_names", "why_not_plain"]
 
 # torchtitan's users ask for the static filter by putting this flag among the names.
 AUTO_FILTER_FLAG = "auto_filter_small_kn"

@@ -61,6 +61,22 @@ class SameKeys(nn.Module):
         """The module's own, with its hooks."""
         return self.module.load_state_dict(*args, **kwargs)
 
+    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """On the module, whose state_dict is shown; and so are the next three."""
+        return self.module.register_state_dict_pre_hook(*args, **kwargs)
+
+    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """On the module."""
+        return self.module.register_state_dict_post_hook(*args, **kwargs)
+
+    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """On the module."""
+        return self.module.register_load_state_dict_pre_hook(*args, **kwargs)
+
+    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """On the module."""
+        return self.module.register_load_state_dict_post_hook(*args, **kwargs)
+
     def train(self, mode: bool = True) -> Self:
         """Switch both to training mode, or to eval mode."""
         self.module.train(mode)

@@ -30,6 +30,7 @@ __all__ = [
     "COPIED_LINE",
     "LATE_STATE",
     "NO_GRAPHS_IN_TRIAL",
+    "cast_line",
     "changed_line",
     "cost_line",
     "eager_line",
@@ -140,12 +141,23 @@ def transformed_line(fqn: str) -> str:
 
 def changed_line(fqns: Sequence[str]) -> str:
     """Candidates that are no longer what they were when the model was wrapped."""
-    shown = ", ".join(x or "(root)" for x in fqns[:5])
-    more = f" and {len(fqns) - 5} more" if len(fqns) > 5 else ""
     return (
         f"{len(fqns)} Linears were replaced or changed after AutoFloat8 was made and stay "
-        f"in high precision: {shown}{more}; wrap the model when it is complete"
+        f"in high precision: {_named(fqns)}; wrap the model when it is complete"
     )
+
+
+def cast_line(fqns: Sequence[str]) -> str:
+    """Candidates that were cast to a dtype which the recipe does not take."""
+    return (
+        f"{len(fqns)} Linears have weights of a dtype that the recipe does not take and "
+        f"stay in high precision: {_named(fqns)}; cast the model before AutoFloat8"
+    )
+
+
+def _named(fqns: Sequence[str]) -> str:
+    shown = ", ".join(x or "(root)" for x in fqns[:5])
+    return shown + (f" and {len(fqns) - 5} more" if len(fqns) > 5 else "")
 
 
 def measurement_line(measurement: Measurement, config: TuneConfig) -> str:

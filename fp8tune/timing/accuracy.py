@@ -115,6 +115,10 @@ def _own_precision(backend: Any) -> str:
 _LIMIT = 0.5
 
 
+# Power of two that float32 holds up and down without losing bits.
+_MOST = 126
+
+
 class _Product(NamedTuple):
     """SQNR of a product, and its largest number as a share of what its dtype holds."""
 
@@ -207,8 +211,16 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _sum_of_squares(tensor: torch.Tensor) -> float:
-    # In place, since nobody needs the tensor any more.
-    return float(tensor.square_().sum(dtype=torch.float64))
+    low, high = map(float, tensor.aminmax())
+    largest = max(-low, high)
+    if not math.isfinite(largest) or largest == 0:
+        return largest
+    # Squares of gradients under a large loss scale overflow in float32, and those of
+    # unscaled ones vanish. In place, since nobody needs the tensor any more.
+    power = max(-_MOST, min(_MOST, -math.frexp(largest)[1]))
+    scale = 2.0**power
+    total = float(tensor.mul_(scale).square_().sum(dtype=torch.float64))
+    return total / scale / scale
 
 
 def decibels(signal: float, noise: float) -> float:

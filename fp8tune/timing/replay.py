@@ -246,11 +246,18 @@ class Replay:
 
 
 def _call(linear: nn.Linear, tensor: torch.Tensor) -> torch.Tensor:
-    return linear(tensor)
+    # Hooks that are set on all modules, as by FlopCounterMode, are for the user's.
+    return linear(tensor) if _has_hooks(linear) else linear.forward(tensor)
+
+
+def _has_hooks(linear: nn.Linear) -> bool:
+    """Whether the recipe set hooks on it."""
+    own = vars(linear)
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def _call_between_norm_and_act(linear: nn.Linear, tensor: torch.Tensor) -> torch.Tensor:
-    return F.silu(linear(F.rms_norm(tensor, tensor.shape[-1:])))
+    return F.silu(_call(linear, F.rms_norm(tensor, tensor.shape[-1:])))
 
 
 _IN_CONTEXT = {

@@ -61,6 +61,8 @@ class Answers:
         """Inside the block every layer runs in high precision."""
         with self._pipeline.conversions.suspended():
             yield
+        if self.phase is Phase.FROZEN and self.plan and self._pipeline.conversions.lost:
+            self.plan = self._pipeline.confirmed(self.plan)
 
     @property
     def linears(self) -> int:

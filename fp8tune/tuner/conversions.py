@@ -149,6 +149,12 @@ class Conversions:
             if scales:
                 self.gathering.turn_on(self.converted.values(), scales)
 
+    @property
+    def lost(self) -> bool:
+        """Whether a layer that is to be converted could not be, since it was changed."""
+        wanted = self._wanted & self._assigned.keys()
+        return not (self._suspended or wanted <= self.converted.keys())
+
     def chosen(self) -> list[Recipe]:
         """The recipes of what is converted, or will be at the end of ``suspended``."""
         return [self._assigned[x] for x in self._assigned if x in self._wanted]

@@ -180,7 +180,9 @@ class Pipeline:
         """Give up candidates that were replaced or changed; returns their names."""
         seen, said = self.capture.transformed, self._ranks.first
         with self.conversions.gathered_plainly():
-            self.screened = screen_again(self._module, self.screened, seen, said=said)
+            self.screened = screen_again(
+                self._module, self.screened, self._recipes, seen, said=said
+            )
         left = {x.fqn: x for x in self.screened if isinstance(x, Candidate)}
         lost = [x.fqn for x in self.candidates if x.fqn not in left]
         self.candidates = list(left.values())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from fp8tune.model.candidates import Candidate
+from fp8tune.decision.reasons import Reason
+from fp8tune.model.candidates import Candidate, LeftOut
 from fp8tune.model.recheck import rescreen
 from fp8tune.model.screen import screen, unmatched_names
-from fp8tune.report.messages import changed_line
+from fp8tune.report.messages import cast_line, changed_line
 from fp8tune.tuner.checks import check_plan_recipe, check_recipe_fits
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fp8tune.model.candidates import LeftOut
     from fp8tune.recipes.registry import Recipes
     from fp8tune.tuner.options import Options
 
@@ -58,6 +58,7 @@ def screen_model(
 def screen_again(
     module: nn.Module,
     screened: Sequence[Candidate | LeftOut],
+    recipes: Recipes,
     transformed: Collection[str],
     *,
     said: bool,
@@ -67,13 +68,17 @@ def screen_again(
     Args:
         module: the model.
         screened: the records so far.
+        recipes: what candidates could be converted to.
         transformed: names of candidates that were called under torch.func.
         said: whether a warning names the candidates that were replaced or changed.
     """
-    now = rescreen(module, screened, transformed)
+    now = rescreen(module, screened, recipes, transformed)
     left = {x.fqn for x in now if isinstance(x, Candidate)}
     lost = [x.fqn for x in screened if isinstance(x, Candidate) and x.fqn not in left]
-    changed = [x for x in lost if x not in transformed]
-    if changed and said:
-        logger.warning("%s", changed_line(changed))
+    reasons = {x.fqn: x.reason for x in now if isinstance(x, LeftOut)}
+    cast = [x for x in lost if reasons.get(x) is Reason.UNSUPPORTED_DTYPE]
+    changed = [x for x in lost if x not in {*transformed, *cast}]
+    for fqns, line in (changed, changed_line), (cast, cast_line):
+        if fqns and said:
+            logger.warning("%s", line(fqns))
     return now

@@ -171,6 +171,16 @@ def test_gradients_that_overflow_in_high_precision_are_compared_at_a_smaller_sca
     assert min(ours) > 25
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e34])
+def test_gradients_whose_squares_float32_cannot_hold(working_clock, scale):
+    expected = accuracies(sample(), working_clock, ["bf16"])["bf16"]
+    taken = sample()
+    taken.grad_output.mul_(scale)
+    found = accuracies(taken, working_clock, ["bf16"])["bf16"]
+    assert found.grad_weight_db == pytest.approx(expected.grad_weight_db, abs=0.5)
+    assert found.grad_input_db == pytest.approx(expected.grad_input_db, abs=0.5)
+
+
 def test_what_was_never_finite_is_unknown_and_not_held_against_a_recipe(working_clock):
     taken = replace(sample(), grad_output=None, finite=False)
     found = measure(

@@ -221,6 +221,16 @@ def test_checkpoints_move_between_wrapped_and_bare(auto: AutoFloat8) -> None:
     assert torch.equal(auto.module[0].weight, bare[0].weight)
 
 
+def test_hooks_on_state_dict_that_are_set_on_the_wrapper_run(auto: AutoFloat8) -> None:
+    seen: list[str] = []
+    auto.register_state_dict_pre_hook(lambda *_: seen.append("before saving"))
+    auto.register_state_dict_post_hook(lambda *_: seen.append("saved"))
+    auto.register_load_state_dict_pre_hook(lambda *_: seen.append("before loading"))
+    auto.register_load_state_dict_post_hook(lambda *_: seen.append("loaded"))
+    auto.load_state_dict(auto.module.state_dict())
+    assert seen == ["before saving", "saved", "before loading", "loaded"]
+
+
 def test_moving_and_casting_the_wrapper_moves_the_model(auto: AutoFloat8) -> None:
     auto.to(torch.float64)
     assert auto.module[0].weight.dtype is torch.float64

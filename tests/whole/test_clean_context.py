@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fp8tune import AutoFloat8, TuneConfig
+from fp8tune import AutoFloat8, Reason, TuneConfig
 
 CONFIG = TuneConfig(max_samples=8, max_seconds=0.05)
 
@@ -45,6 +46,19 @@ def test_flops_are_those_of_the_model() -> None:
         flops.append(counter.get_total_flops())
     assert auto.frozen
     assert len(set(flops)) == 1
+
+
+def test_hooks_on_all_modules_see_the_users_alone() -> None:
+    """FlopCounterMode sets some, which cannot see layers that autograd.grad differentiates."""
+    auto, calls = wrap(), []
+    for _ in range(3):
+        count: list[object] = []
+        seen = register_module_forward_hook(lambda *x, count=count: count.append(x[0]))
+        with FlopCounterMode(display=False), seen:
+            auto(torch.randn(8, 32)).sum().backward()
+        calls.append(len(count))
+    assert Reason.NOT_MEASURED not in {x.reason for x in auto.plan.decisions}
+    assert len(set(calls)) == 1
 
 
 def test_a_freeze_inside_a_checkpoint_leaves_the_backward_whole() -> None:

@@ -12,7 +12,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torchao.float8.float8_linear import Float8Linear
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -179,6 +179,41 @@ class Attention(nn.Module):
 
 
 LORA = LoraConfig(target_modules=["q_proj"], r=16)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "tensorwise"])
+def test_a_model_cast_in_the_warmup_to_a_dtype_that_the_recipe_does_not_take(
+    wrap: Callable, caplog: pytest.LogCaptureFixture, recipe: str
+) -> None:
+    auto = wrap(mlp(), recipe)
+    step(auto)
+    auto.half()
+    step(auto, torch.float16)
+    assert auto.frozen
+    assert {x.reason for x in auto.plan.decisions} == {Reason.UNSUPPORTED_DTYPE}
+    assert {type(x) for x in auto.module} == {nn.Linear, nn.ReLU}
+    assert (
+        "2 Linears have weights of a dtype that the recipe does not take" in caplog.text
+    )
+    assert "were replaced or changed" not in caplog.text
+
+
+def test_a_layer_pruned_after_the_freeze_is_not_lost_without_a_word(
+    wrap: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It runs converted on, until ``reference`` takes it back for good."""
+    auto = wrap(mlp())
+    step(auto)
+    auto.freeze()
+    prune.l1_unstructured(auto[0], "weight", amount=0.5)
+    step(auto)
+    assert type(auto[0]) is BFloat16Linear
+    for _ in range(2):
+        with auto.reference():
+            step(auto)
+    assert auto.plan.converted_fqns == ["2"]
+    assert auto.plan["0"].reason is Reason.PARAMETRIZED
+    assert caplog.text.count("1 Linears were replaced or changed") == 1
 
 
 def test_lora_that_comes_after_the_wrapper(wrap: Callable) -> None:
