@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fp8tune import AutoFloat8, Reason, TuneConfig
 from tests.helpers import has_fast_bf16
@@ -54,6 +55,38 @@ def test_a_model_with_both_kinds_of_layer_gets_both_verdicts() -> None:
     assert auto.plan.reference_fqns == ["eight_rows"]
     assert type(auto.module.eight_rows) is nn.Linear
     assert auto.plan["eight_rows"].reason is Reason.SLOWER
+
+
+class Experts(nn.Module):
+    """One grouped GEMM of equal shares of the rows."""
+
+    def __init__(self, experts: int, k: int, n: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(experts, n, k) / k**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share = len(x) // len(self.w1)
+        offs = torch.arange(share, len(x) + 1, share, dtype=torch.int32)
+        return F.grouped_mm(x, self.w1.mT, offs=offs)
+
+
+class TwoKindsOfExperts(nn.Module):
+    """Four that get 256 rows each, and 64 that get two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few = Experts(4, 512, 1376)
+        self.many = Experts(64, 512, 384)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.few(x).mean() + self.many(x[:128]).mean()
+
+
+def test_experts_get_both_verdicts() -> None:
+    auto = tune(TwoKindsOfExperts(), 1024)
+    assert auto.plan.converted_fqns == ["few.w1"]
+    assert auto.plan.reference_fqns == ["many.w1"]
+    assert auto.plan["many.w1"].reason is Reason.SLOWER
 
 
 def test_emulated_float8_is_reverted_and_said_to_be_emulated() -> None:
