@@ -59,6 +59,9 @@ class Steps:
         self._gradients = False
         self._stepped = False
         self._optimizer_steps: bool | None = None
+        # Those that hold what stands in for the parameters while the model is called, as
+        # torch.func.functional_call does; when they step, nothing stands in any more.
+        self._own: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._resets = False
         _remove_dead()
         note: Any = partial(_noted, weakref.ref(self))
@@ -116,7 +119,8 @@ class Steps:
         if not self.passes_in_step or not (self._gradients or self._stepped):
             return False
         if self._optimizer_steps is None:
-            self._optimizer_steps = any(self._owned_by(x) for x in _optimizers())
+            self._own.update(x for x in _optimizers() if self._owned_by(x))
+            self._optimizer_steps = bool(self._own)
         return self._stepped if self._optimizer_steps else self._is_reset()
 
     def _is_reset(self) -> bool:
@@ -132,7 +136,7 @@ class Steps:
 
     def _optimizer_stepped(self, optimizer: Optimizer) -> None:
         watched = self.passes_in_step or self._told is not bool
-        if not (watched and self._owned_by(optimizer)):
+        if not (watched and (optimizer in self._own or self._owned_by(optimizer))):
             return
         if self.passes_in_step:
             self._optimizer_steps = self._stepped = True

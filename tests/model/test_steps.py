@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -119,6 +120,23 @@ def test_another_models_optimizer_ends_no_step(steps: Steps, model: nn.Module) -
     assert not micro_batch(steps, model)
     own.step()
     assert micro_batch(steps, model)
+
+
+def test_weights_that_stand_in_while_the_model_is_called(model: nn.Module) -> None:
+    """As functional_call has it; their optimizer steps when they are out again."""
+    idle = torch.optim.SGD(model.parameters(), lr=0.1)
+    weights = {k: x.detach().requires_grad_() for k, x in model.named_parameters()}
+    optimizer = torch.optim.SGD(weights.values(), lr=0.1)
+    steps = Steps(model)
+    model.register_forward_pre_hook(lambda *_: (steps.begin(), None)[1])
+    for _ in range(4):
+        functional_call(model, weights, (torch.ones(2, 4),)).sum().backward()
+        steps.saw_gradient()
+        optimizer.step()
+        optimizer.zero_grad()
+    steps.close()
+    assert steps.completed == 2  # the first two look like micro-batches of one
+    del idle
 
 
 def test_several_optimizers_of_one_model_end_one_step(
