@@ -112,6 +112,9 @@ class TuneConfig:
             ``min_sqnr_db``. 0, the default, never does.
         on_quality: what happens when it falls below ``min_sqnr_db``: "warn" says so,
             "revert" also takes the layer back to high precision, in place.
+        trust_prior: signatures whose verdict is clear without timing them are skipped: from
+            timings of other shapes in the cache, or from a table that is published for
+            this device. Their layers end as "expected_faster" or "expected_slower".
         confidence: probability, between 0 and 1, that the interval around a speedup
             holds the true median; it is kept over all looks at the growing samples.
         max_samples: pairs of timings per signature at most; 8 to 4,096.
@@ -152,6 +155,7 @@ class TuneConfig:
     min_sqnr_db: float | None = None
     watch_every: int = 0
     on_quality: OnQuality = OnQuality.WARN
+    trust_prior: bool = False
     confidence: float = 0.95
     max_samples: int = 128
     max_seconds: float = 1.0
@@ -193,6 +197,9 @@ class TuneConfig:
             )
         is_bool = self.include_output_layer in (True, False)
         _require(self, "include_output_layer", is_bool, "True or False")
+        _require(
+            self, "trust_prior", self.trust_prior in (True, False), "True or False"
+        )
         positive = _is_number(seconds) and seconds > 0
         _require(self, "max_seconds", positive, "above 0 seconds")
         steps = self.trial_steps

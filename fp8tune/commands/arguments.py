@@ -237,6 +237,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help="time nothing: what a published table lets expect, for rowwise",
     )
     parser.add_argument(
+        "--trust-prior",
+        action="store_true",
+        help="skip what the cache's other shapes or a published table make clear",
+    )
+    parser.add_argument(
         "--max-seconds",
         type=float,
         default=1.0,

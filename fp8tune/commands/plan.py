@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fp8tune.commands.answer import Answer, Screen, layer_data
 from fp8tune.commands.device import pick_device
 from fp8tune.config import TuneConfig
+from fp8tune.decision.reasons import Reason
 from fp8tune.errors import ConfigError, in_short
 from fp8tune.report.columns import paragraph
 from fp8tune.report.expected import Outlook, expected_lines, outlooks
@@ -64,7 +65,9 @@ def answer(
         cache=arguments.cache,
         filter_fqns=arguments.filter,
         config=TuneConfig(
-            min_speedup=arguments.min_speedup, max_seconds=arguments.max_seconds
+            min_speedup=arguments.min_speedup,
+            max_seconds=arguments.max_seconds,
+            trust_prior=arguments.trust_prior,
         ),
         clock=clock,
     )
@@ -77,10 +80,11 @@ def answer(
 
 def _expected(arguments: argparse.Namespace, screen: Screen) -> Answer:
     """What a published table lets expect, with nothing timed."""
-    for name in ("output", "cache", "device"):
+    for name in ("output", "cache", "device", "trust_prior"):
         if getattr(arguments, name):
             raise ConfigError(
-                f"--no-device times nothing, so there is no use for --{name}; leave "
+                f"--no-device times nothing, so there is no use for "
+                f"--{name.replace('_', '-')}; leave "
                 "either out"
             )
     table = published_table(arguments.recipe)
@@ -121,6 +125,7 @@ def _expected_data(outlook: Outlook) -> dict[str, Any]:
 
 
 def _data(plan: Plan, output: str | None) -> dict[str, Any]:
+    expected = {Reason.EXPECTED_FASTER: "faster", Reason.EXPECTED_SLOWER: "slower"}
     return {
         "recipe": plan.recipe,
         "emulated": plan.emulated,
@@ -128,7 +133,8 @@ def _data(plan: Plan, output: str | None) -> dict[str, Any]:
         "environment": dict(plan.environment),
         "output": output,
         "layers": [
-            {"fqn": x.fqn} | layer_data(x) | {"expected": None} for x in plan.decisions
+            {"fqn": x.fqn} | layer_data(x) | {"expected": expected.get(x.reason)}
+            for x in plan.decisions
         ],
     }
 

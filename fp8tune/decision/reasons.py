@@ -11,6 +11,8 @@ class Reason(StrEnum):
     FASTER = "faster"
     SLOWER = "slower"
     NO_CLEAR_DIFFERENCE = "no_clear_difference"
+    EXPECTED_FASTER = "expected_faster"
+    EXPECTED_SLOWER = "expected_slower"
     ACCURACY = "accuracy"
     ACCURACY_FELL = "accuracy_fell"
     NOT_THE_FASTEST = "not_the_fastest"
@@ -56,6 +58,10 @@ _SENTENCES = {
     Reason.FASTER: "its speedup lies clearly above the threshold",
     Reason.SLOWER: "its speedup lies clearly below the threshold",
     Reason.NO_CLEAR_DIFFERENCE: "the interval of its speedup holds the threshold",
+    Reason.EXPECTED_FASTER: "it was not timed; its shape lets expect a speedup clearly above "
+    "the threshold",
+    Reason.EXPECTED_SLOWER: "it was not timed; its shape lets expect a speedup clearly below "
+    "the threshold",
     Reason.FASTER_IN_TRAINING: "training steps were faster with it converted",
     Reason.SLOWER_IN_TRAINING: "training steps were faster without converting it",
     Reason.UNCLEAR_IN_TRAINING: "training steps did not show that converting it gains",

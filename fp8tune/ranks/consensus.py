@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from fp8tune.decision.coverage import Coverage
     from fp8tune.decision.reasons import Reason
+    from fp8tune.decision.trust import Expectation
 
 __all__ = [
     "RankTable",
@@ -51,12 +52,14 @@ class RankTable:
         measurements: the timings.
         coverage: its share of products.
         uncounted: why calls of layers count for nothing, by name.
+        expected: what is expected of the calls that were not timed.
     """
 
     layers: tuple[Layer, ...]
     measurements: tuple[Measurement, ...]
     coverage: Coverage | None = None
     uncounted: tuple[tuple[str, Reason], ...] = ()
+    expected: tuple[Expectation, ...] = ()
 
 
 @dataclass(frozen=True)

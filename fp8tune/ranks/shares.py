@@ -6,13 +6,15 @@ there are as many, so that a slow rank is noticed. Two ranks both time everythin
 begins in the middle, so that what is compiled for one is in Inductor's cache by the time
 the other comes to it.
 
+What each of them calls clear without timing (``TuneConfig.trust_prior``) nobody times.
+
 A kind is timed as a whole, since its M are judged together. Ranks that would time other M of
 a kind each do so.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fp8tune.decision.kinds import Kind, kind_of
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from fp8tune.decision.records import Signature
     from fp8tune.ranks.group import Ranks
 
-__all__ = ["Shares", "Wish", "share_of"]
+__all__ = ["Shares", "Wish", "agreed_clear", "share_of"]
 
 # Ranks that time a signature, at least.
 _TIMED_BY = 2
@@ -49,11 +51,32 @@ class Wish:
         rank: who.
         splits: whether it may leave a part to others.
         wanted: signatures with the names of the recipes, in their order.
+        unsure: the kinds of its calls that have to be timed; None for all of them.
     """
 
     rank: int
     splits: bool
     wanted: Wanted
+    unsure: frozenset[Kind] | None = None
+
+
+def agreed_clear(wishes: Sequence[Wish], size: int) -> frozenset[Kind]:
+    """The kinds that nobody has to time: no rank is unsure of them, and all came.
+
+    Args:
+        wishes: those of the ranks that came.
+        size: how many ranks there are.
+    """
+    unsure = [x.unsure for x in wishes if x.unsure is not None]
+    if len(unsure) < size:
+        return frozenset()
+    wanted = frozenset(kind_of(x) for wish in wishes for x, _ in wish.wanted)
+    return wanted.difference(*unsure)
+
+
+def _without(wish: Wish, clear: frozenset[Kind]) -> Wish:
+    wanted = tuple(x for x in wish.wanted if kind_of(x[0]) not in clear)
+    return replace(wish, wanted=wanted)
 
 
 def share_of(wishes: Sequence[Wish], rank: int, size: int) -> list[Signature] | None:
@@ -114,25 +137,39 @@ class Shares:
         self._wishes: list[Wish] | None = None
 
     def of(
-        self, wanted: Mapping[Signature, Sequence[_T]], *, splits: bool, wait: bool
-    ) -> dict[Signature, Sequence[_T]]:
+        self,
+        wanted: Mapping[Signature, Sequence[_T]],
+        *,
+        splits: bool,
+        wait: bool,
+        unsure: frozenset[Kind] | None = None,
+    ) -> tuple[dict[Signature, Sequence[_T]], set[Signature]]:
         """This rank's share, of the wishes that were exchanged at the first call.
 
         Args:
             wanted: what it would time alone, and the recipes of each.
             splits: whether others may time a part of it.
             wait: for every rank; else nothing is left to others, who may not come.
+            unsure: the kinds of its calls that have to be timed; None for all of them.
+
+        Returns:
+            (what this rank times, what nobody times since it is clear).
         """
         names = tuple((x, tuple(y.name for y in each)) for x, each in wanted.items())
-        mine = Wish(self._ranks.rank, splits and wait, names)
-        if self._wishes is None:
-            self._wishes = (
-                self._ranks.gather(mine, "the end of warmup")
-                if wait
-                else self._ranks.tell(mine)
-            )
-        share = share_of(self._wishes, self._ranks.rank, self._ranks.size)
-        return dict(wanted) if share is None else {x: wanted[x] for x in share}
+        rank, size = self._ranks.rank, self._ranks.size
+        mine = Wish(rank, splits and wait, names, unsure)
+        wishes = self._wishes = self._wishes or self._exchange(mine, wait=wait)
+        clear = agreed_clear(wishes, size)
+        skipped = {x for x in wanted if kind_of(x) in clear}
+        share = share_of([_without(x, clear) for x in wishes], rank, size)
+        if share is None:
+            share = [x for x in wanted if x not in skipped]
+        return {x: wanted[x] for x in share}, skipped
+
+    def _exchange(self, mine: Wish, *, wait: bool) -> list[Wish]:
+        if wait:
+            return self._ranks.gather(mine, "the end of warmup")
+        return self._ranks.tell(mine)
 
     def over(self) -> None:
         """All is timed; the next call is about something else."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fp8tune.config import TuneConfig
 from fp8tune.decision.decide import decide
-from fp8tune.decision.prior import Expected
+from fp8tune.decision.prior import is_whole, together
 from fp8tune.decision.reasons import Reason
 from fp8tune.report.columns import Column, column_lines, paragraph
 from fp8tune.report.describe import rows_words
@@ -15,8 +15,8 @@ from fp8tune.report.table import fold, part_of, words
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp8tune.decision.prior import Table
-    from fp8tune.decision.records import Decision, Layer, Signature
+    from fp8tune.decision.prior import Expected, Table
+    from fp8tune.decision.records import Decision, Layer
 
 __all__ = ["Outlook", "expected_lines", "outlooks"]
 
@@ -92,16 +92,6 @@ def _verdict(decision: Decision, table: Table, threshold: float) -> str:
 def _expected(decision: Decision, table: Table) -> Expected | None:
     """Of the layer's calls together; None for calls that the table is not about."""
     calls = [signature for signature, _ in decision.signatures]
-    if decision.reason is not Reason.NOT_MEASURED or not all(map(_is_whole, calls)):
+    if decision.reason is not Reason.NOT_MEASURED or not all(map(is_whole, calls)):
         return None
-    each = [table.expect(x.shape.m, x.shape.k, x.shape.n) for x in calls]
-    middle = sum(x.middle for x in each) / len(each)
-    return Expected(min(x.low for x in each), middle, max(x.high for x in each))
-
-
-def _is_whole(signature: Signature) -> bool:
-    """Whether it is a Linear's forward and both GEMMs of its backward, in bfloat16."""
-    shape = signature.shape
-    dtype = shape.autocast_dtype or shape.input_dtype
-    both = signature.grad_input and signature.grad_weight
-    return dtype == "bfloat16" and both and not shape.experts
+    return together([table.expect(x.shape.m, x.shape.k, x.shape.n) for x in calls])

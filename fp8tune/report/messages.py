@@ -180,6 +180,14 @@ def share_line(mine: int, every: int) -> str:
     return f"this rank times {mine} of {every} signatures, the other ranks the rest"
 
 
+def expected_line(timed: int, expected: int) -> str:
+    """What ``trust_prior`` leaves to be timed."""
+    return (
+        f"{timed} of {timed + expected} signatures are timed; {expected} are not, since "
+        "their verdicts are expected clearly (trust_prior)"
+    )
+
+
 def cost_line(signatures: int, seconds: float, warm_up_s: float) -> str:
     """What timing took, compilation apart."""
     counted = f"{signatures} signature{'' if signatures == 1 else 's'}"

@@ -114,6 +114,7 @@ def outcome_of(decision: Decision) -> str:
         Reason.NO_CLEAR_DIFFERENCE: "unclear",
         Reason.UNCLEAR_IN_TRAINING: "unclear",
         Reason.SLOWER: "slower",
+        Reason.EXPECTED_SLOWER: "slower",
         Reason.SLOWER_IN_TRAINING: "slower",
     }
     return known.get(decision.reason, "other")

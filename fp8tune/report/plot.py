@@ -61,7 +61,11 @@ STYLES = (_CONVERTED, _UNCLEAR, _SLOWER, _OTHER)
 def _style_of(decision: Decision) -> Style:
     if decision.verdict is Verdict.CONVERTED:
         return _CONVERTED
-    known = {Reason.NO_CLEAR_DIFFERENCE: _UNCLEAR, Reason.SLOWER: _SLOWER}
+    known = {
+        Reason.NO_CLEAR_DIFFERENCE: _UNCLEAR,
+        Reason.SLOWER: _SLOWER,
+        Reason.EXPECTED_SLOWER: _SLOWER,
+    }
     return known.get(decision.reason, _OTHER)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fp8tune.decision.decisions import Decisions
 from fp8tune.decision.folding import fold_names
+from fp8tune.decision.reasons import Reason
 from fp8tune.decision.records import Decision, Verdict
 from fp8tune.report.columns import Column, column_lines, paragraph
 from fp8tune.report.coverage import coverage_line
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from fp8tune.decision.decisions import Decisions
-    from fp8tune.decision.reasons import Reason
     from fp8tune.decision.records import Variant
 
 __all__ = [
@@ -112,10 +112,22 @@ def _footer(plan: Decisions) -> list[str]:
             f"{frozen} Linears were timed with frozen weights; if they are unfrozen, "
             "auto.retune() times them anew"
         )
+    lines += expected_lines(plan.decisions)
     if plan.emulated:
         lines.append(emulation_line(plan))
     ranges = range_lines(fold(plan.decisions))
     return lines + ranges + failure_lines(plan.decisions)
+
+
+_EXPECTED = (Reason.EXPECTED_FASTER, Reason.EXPECTED_SLOWER)
+
+
+def expected_lines(decisions: Iterable[Decision]) -> list[str]:
+    """How many layers were not timed, since their verdict was clear, and from what."""
+    untimed = [x.detail for x in decisions if x.reason in _EXPECTED]
+    sources = " and ".join(sorted(set(untimed)))
+    said = f"{len(untimed)} Linears were not timed: their speedups are expected, from"
+    return [f"{said} {sources}"] if untimed else []
 
 
 def _is_timed_as_frozen(decision: Decision) -> bool:

@@ -11,6 +11,7 @@ from fp8tune.decision.decisions import Decisions, verdicts_after
 from fp8tune.decision.kinds import kind_of, sizes_of
 from fp8tune.decision.records import Layer
 from fp8tune.decision.trials import NONE_NEEDED
+from fp8tune.decision.trust import with_expected
 from fp8tune.decision.watched import decisions_after_checks
 from fp8tune.store.places import place_of
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fp8tune.decision.coverage import Coverage
     from fp8tune.decision.records import Decision, Measurement, Signature
     from fp8tune.decision.trials import TrialRecord
+    from fp8tune.decision.trust import Expectation
     from fp8tune.decision.watched import Fallen
     from fp8tune.store.contents import Key
 
@@ -41,6 +43,7 @@ class Run:
         trial: how its whole training steps ended, or None if there was no trial.
         coverage: what candidates are of its matrix products, or None if nobody counted.
         fallen: layers whose accuracy fell later, while it trained.
+        expected: of calls that were skipped, since they were clear; a cache has none.
     """
 
     number: int
@@ -51,6 +54,7 @@ class Run:
     trial: TrialRecord | None = None
     coverage: Coverage | None = None
     fallen: tuple[Fallen, ...] = ()
+    expected: tuple[Expectation, ...] = ()
 
     @cached_property
     def alone(self) -> tuple[Decision, ...]:
@@ -71,7 +75,8 @@ class Run:
 
     def _decide(self, layers: Sequence[Layer]) -> tuple[Decision, ...]:
         names = [key.recipe for key in self.key.each()]
-        return decide(layers, self.measurements, names, self.config)
+        timed = decide(layers, self.measurements, names, self.config)
+        return with_expected(timed, self.expected, self.config)
 
     @cached_property
     def plan(self) -> Decisions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fp8tune.decision.folding import without_numbers
@@ -34,14 +35,40 @@ def roles_of(decisions: Iterable[Decision], steps: int) -> list[Role]:
     Args:
         decisions: of the layers, with the calls of all warmup steps.
         steps: how many warmup steps that were.
+
+    Returns:
+        One for each group. What a layer saves whose speedup is only expected follows from
+        the times of the others; where nothing was timed there are no roles.
     """
+    decisions = tuple(decisions)
+    rate = _ms_per_product(decisions)
     groups: dict[object, list[Decision]] = {}
-    for x in decisions:
-        if x.speedup is not None:
+    for x in (_with_ms(x, rate) for x in decisions):
+        if x.speedup is not None and x.reference_ms is not None:
             shapes = frozenset(signature for signature, _ in x.signatures)
             key = (without_numbers(x.fqn), x.k, x.n, shapes)
             groups.setdefault(key, []).append(x)
     return [_role(group, max(1, steps)) for group in groups.values()]
+
+
+def _ms_per_product(decisions: Iterable[Decision]) -> float | None:
+    """Milliseconds that high precision takes for a product, or None if none was timed."""
+    timed = [(x.reference_ms, _products(x)) for x in decisions if x.reference_ms]
+    products = sum(each for _, each in timed)
+    return sum(ms or 0.0 for ms, _ in timed) / products if products else None
+
+
+def _with_ms(decision: Decision, rate: float | None) -> Decision:
+    if decision.reference_ms is not None or rate is None:
+        return decision
+    return replace(decision, reference_ms=rate * _products(decision))
+
+
+def _products(decision: Decision) -> float:
+    """M * K * N of a call, in the mean over the layer's calls."""
+    calls = decision.signatures
+    work = sum(count * x.shape.m * x.shape.k * x.shape.n for x, count in calls)
+    return work / max(1, sum(count for _, count in calls))
 
 
 def sizes_vary(layers: Iterable[Layer], steps: int) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from fp8tune.decision.kinds import kind_of
+from fp8tune.decision.trust import Prior, clear_kinds, unsure_kinds
 from fp8tune.ranks.consensus import RankTable
 from fp8tune.ranks.shares import Shares
-from fp8tune.report.messages import share_line
+from fp8tune.report.messages import expected_line, share_line
+from fp8tune.store.tables import table_for
 from fp8tune.timing.signatures import time_signatures
 from fp8tune.tuner.cached import from_cache
 
@@ -16,7 +19,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from fp8tune.decision.kinds import Kind
     from fp8tune.decision.records import Layer, Measurement, Signature
+    from fp8tune.decision.trust import Expectation
     from fp8tune.model.capture import Capture
     from fp8tune.recipes.recipe import Recipe
     from fp8tune.recipes.registry import Recipes
@@ -75,15 +80,24 @@ class Measuring:
         known, missing = from_cache(self._cache, self._recipes, self._key, layers)
         # Traces are of what the first rank times.
         splits = self._options.config.profile_dir is None
-        mine = self._shares.of(missing, splits=splits, wait=wait)
-        if len(mine) < len(missing) and self._options.ranks.first:
-            logger.info("%s", share_line(len(mine), len(missing)))
+        clear = self._clear(layers, known, missing) if wait else {}
+        trusts = self._options.config.trust_prior
+        mine, skipped = self._shares.of(
+            missing,
+            splits=splits,
+            wait=wait,
+            unsure=unsure_kinds(layers, clear) if trusts else None,
+        )
+        if self._options.ranks.first:
+            self._say_shares(len(mine), len(missing), len(skipped))
+        expected = [y for x in {kind_of(z) for z in skipped} for y in clear.get(x, ())]
         found = self._options.ranks.meet(
             lambda: RankTable(
                 layers,
                 self._measure(layers, capture, known, mine),
                 capture.coverage,
                 capture.uncounted,
+                tuple(sorted(expected)),
             ),
             "the end of warmup",
             wait=wait,
@@ -91,6 +105,31 @@ class Measuring:
         if found is not None:
             self._shares.over()
         return found
+
+    def _clear(
+        self,
+        layers: Sequence[Layer],
+        known: Sequence[Measurement],
+        missing: Mapping[Signature, Sequence[Recipe]],
+    ) -> dict[Kind, list[Expectation]]:
+        """What need not be timed, by what this rank knows. No collective."""
+        config = self._options.config
+        if not config.trust_prior:
+            return {}
+        wanted = {x: [y.name for y in each] for x, each in missing.items()}
+        priors = {x.recipe: self._prior(x) for x in self._key.each()}
+        return clear_kinds(layers, wanted, (x.signature for x in known), priors, config)
+
+    def _prior(self, key: Key) -> Prior:
+        timed = self._cache.measurements(key).values()
+        return Prior.of(key.recipe, timed, table_for(key), self._options.config)
+
+    def _say_shares(self, mine: int, missing: int, skipped: int) -> None:
+        timed = missing - skipped
+        if self._options.config.trust_prior:
+            logger.info("%s", expected_line(timed, skipped))
+        if mine < timed:
+            logger.info("%s", share_line(mine, timed))
 
     def _measure(
         self,

@@ -18,10 +18,10 @@ from torch import nn
 
 from fp8tune.compiling.apply import compile_options, timing_name, trial_steps
 from fp8tune.decision.coverage import Coverage, merged_coverage
-from fp8tune.decision.decide import decide
 from fp8tune.decision.decisions import with_uncounted
 from fp8tune.decision.records import Layer, Measurement
 from fp8tune.decision.trials import NONE_NEEDED, TrialRecord
+from fp8tune.decision.trust import Expectation
 from fp8tune.decision.watched import Fallen
 from fp8tune.model.candidates import Candidate
 from fp8tune.model.capture import Capture
@@ -173,7 +173,9 @@ class Pipeline:
         for line in spread_lines(spreads) if self._ranks.first else ():
             logger.info("%s", line)
         coverage = merged_coverage(x.coverage for x in tables)
-        plan = self._plan(merge_calls(layers, tables), measurements, coverage)
+        expected = [x for table in tables for x in table.expected]
+        every = merge_calls(layers, tables)
+        plan = self._plan(every, measurements, coverage, expected)
         return with_uncounted(plan, [x for table in tables for x in table.uncounted])
 
     def _rescreen(self) -> list[str]:
@@ -214,13 +216,20 @@ class Pipeline:
         layers: Sequence[Layer],
         measurements: Sequence[Measurement],
         coverage: Coverage | None,
+        expected: Sequence[Expectation] = (),
     ) -> Plan:
         recipes, config = self._recipes, self._options.config
         self.run = Run(
-            1, self._key, tuple(layers), tuple(measurements), config, coverage=coverage
+            1,
+            self._key,
+            tuple(layers),
+            tuple(measurements),
+            config,
+            coverage=coverage,
+            expected=tuple(expected),
         )
         plan = Plan(
-            decide(layers, measurements, recipes.names, config),
+            self.run.alone,
             recipes.name,
             recipes.reference,
             recipes.emulated,

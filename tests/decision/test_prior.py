@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
-from fp8tune.decision.prior import Table
+from fp8tune.decision.intervals import Interval
+from fp8tune.decision.prior import Table, expect_near
 from fp8tune.store.tables import published_table
 from tests.decision.test_published_table import cells
 
@@ -66,3 +68,32 @@ def test_every_other_size_held_out() -> None:
     assert inside / held_out > 0.85
     assert len(clear) / held_out > 0.6
     assert clear.count(False) <= 2
+
+
+def test_other_shapes_say_less_the_further_they_are() -> None:
+    known = [((64, 64, 64), Interval(1.4, 1.5, 1.6))]
+    assert expect_near((64, 64, 64), known) == pytest.approx((1.4, 1.5, 1.6))
+    found = expect_near((64, 64, 128), known)
+    assert found == pytest.approx((1.4 / 1.2, 1.5, 1.6 * 1.2))
+    assert found.verdict(1.0) == "faster"
+    far = expect_near((64, 32, 128), known)
+    assert far is not None
+    assert far.verdict(1.0) == "unsure"
+    assert expect_near((64, 32, 129), known) is None
+
+
+def test_a_few_shapes_of_the_table_rarely_say_the_opposite_of_others() -> None:
+    rng = random.Random(0)  # noqa: S311 - a choice, no secrets
+    clear: list[bool] = []
+    for number in (4, 8, 16) * 15:
+        shapes = rng.sample(sorted(SPEEDUPS), number)
+        pairs = [(x, SPEEDUPS[x]) for x in shapes]
+        known = [(x, Interval(y / 1.02, y, y * 1.02)) for x, y in pairs]
+        for shape in SPEEDUPS.keys() - set(shapes):
+            found, speedup = expect_near(shape, known), SPEEDUPS[shape]
+            verdict = found.verdict(1.0) if found else "unsure"
+            if verdict != "unsure":
+                right = (verdict == "faster") == (speedup > 1)
+                clear.append(right or 0.98 <= speedup <= 1.02)
+    assert len(clear) > 1000
+    assert clear.count(False) / len(clear) < 0.01

@@ -79,3 +79,19 @@ def test_only_what_was_compared_is_called_slower_in_training() -> None:
         Reason.SLOWER_IN_TRAINING,
         Reason.FASTER_IN_TRAINING,
     ]
+
+
+def test_what_was_not_timed_saves_as_much_as_its_size_and_speedup_say() -> None:
+    timed = decision("a", calls=3)
+    larger = replace(CALL, shape=replace(CALL.shape, n=64))
+    expected = replace(
+        decision("b", calls=3),
+        reason=Reason.EXPECTED_FASTER,
+        signatures=((larger, 3),),
+        reference_ms=None,
+        candidate_ms=None,
+    )
+    assert [x.gain_ms for x in roles_of([timed, expected], 3)] == pytest.approx(
+        [0.5, 1]
+    )
+    assert roles_of([expected], 3) == []
