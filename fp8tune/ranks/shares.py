@@ -75,6 +75,8 @@ def agreed_clear(wishes: Sequence[Wish], size: int) -> frozenset[Kind]:
 
 
 def _without(wish: Wish, clear: frozenset[Kind]) -> Wish:
+    if not clear:
+        return wish
     wanted = tuple(x for x in wish.wanted if kind_of(x[0]) not in clear)
     return replace(wish, wanted=wanted)
 
@@ -158,7 +160,9 @@ class Shares:
         names = tuple((x, tuple(y.name for y in each)) for x, each in wanted.items())
         rank, size = self._ranks.rank, self._ranks.size
         mine = Wish(rank, splits and wait, names, unsure)
-        wishes = self._wishes = self._wishes or self._exchange(mine, wait=wait)
+        if self._wishes is None:
+            self._wishes = self._exchange(mine, wait=wait)
+        wishes = self._wishes
         clear = agreed_clear(wishes, size)
         skipped = {x for x in wanted if kind_of(x) in clear}
         share = share_of([_without(x, clear) for x in wishes], rank, size)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from fp8tune.decision.decisions import Decisions
 from fp8tune.decision.folding import fold_names
-from fp8tune.decision.reasons import Reason
 from fp8tune.decision.records import Decision, Verdict
 from fp8tune.report.columns import Column, column_lines, paragraph
 from fp8tune.report.coverage import coverage_line
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from fp8tune.decision.decisions import Decisions
+    from fp8tune.decision.reasons import Reason
     from fp8tune.decision.records import Variant
 
 __all__ = [
@@ -119,15 +119,15 @@ def _footer(plan: Decisions) -> list[str]:
     return lines + ranges + failure_lines(plan.decisions)
 
 
-_EXPECTED = (Reason.EXPECTED_FASTER, Reason.EXPECTED_SLOWER)
-
-
 def expected_lines(decisions: Iterable[Decision]) -> list[str]:
     """How many layers were not timed, since their verdict was clear, and from what."""
-    untimed = [x.detail for x in decisions if x.reason in _EXPECTED]
-    sources = " and ".join(sorted(set(untimed)))
-    said = f"{len(untimed)} Linears were not timed: their speedups are expected, from"
-    return [f"{said} {sources}"] if untimed else []
+    expected = [x for x in decisions if x.speedup and x.reference_ms is None]
+    sources = " and ".join(sorted({x.detail for x in expected}))
+    said = (
+        f"{len(expected)} Linears were not timed; their speedups are expected, from "
+        f"{sources}"
+    )
+    return [said] if expected else []
 
 
 def _is_timed_as_frozen(decision: Decision) -> bool:

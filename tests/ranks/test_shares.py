@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fp8tune.ranks.shares import Wish, share_of
+from fp8tune.decision.kinds import kind_of
+from fp8tune.ranks.shares import Wish, agreed_clear, share_of
 from tests.helpers import signature
 
 if TYPE_CHECKING:
@@ -82,3 +83,16 @@ def test_nobody_leaves_a_part_to_ranks_that_may_not_come() -> None:
     assert shares(wishes, size=5) == [None] * 4
     wishes[2] = wish(2, wanted, splits=False)
     assert shares(wishes) == [None] * 4
+
+
+def test_what_any_rank_is_unsure_of_is_clear_for_none() -> None:
+    wanted = [signature(128, 16 * (k + 1), 64) for k in range(3)]
+    kinds = [kind_of(x) for x in wanted]
+    names = tuple((x, BF16) for x in wanted)
+    sure = Wish(0, splits=True, wanted=names, unsure=frozenset(kinds[:1]))
+    # It has the second in its cache, but not clear.
+    other = Wish(1, splits=True, wanted=names[:1], unsure=frozenset(kinds[:2]))
+    assert agreed_clear([sure, other], 2) == {kinds[2]}
+    assert agreed_clear([sure], 2) == frozenset()
+    off = wish(1, wanted)
+    assert agreed_clear([sure, off], 2) == frozenset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,21 +26,19 @@ TRUST = TuneConfig(trust_prior=True, include_output_layer=True)
 def tuned(
     sizes: dict[str, int],
     script: Script,
-    path: object,
+    path: Path | str,
     config: TuneConfig = TRUST,
     rows: int = 64,
-) -> tuple[AutoFloat8, set[int]]:
-    """A model of Linears with K = 64 and these N, and the N that were timed."""
+) -> tuple[Plan, set[int]]:
+    """The plan of Linears with K = 64 and these N, and the N that were timed."""
     model = nn.ModuleDict({name: nn.Linear(64, n) for name, n in sizes.items()})
-    model.forward = lambda x: sum(linear(x).sum() for linear in model.values())
-    clock = ScriptedClock(script)
+    model.forward = lambda *x: sum(y(*x).sum() for y in model.values())
+    clock: Any = ScriptedClock(script)
     auto = AutoFloat8(
         model, recipe="bf16", config=config, cache=path, clock=clock, warmup_steps=1
     )
     auto(torch.randn(rows, 64, requires_grad=True)).backward()
-    auto.freeze()
-    assert auto.plan is not None
-    return auto, {signature.shape.n for signature, _ in clock.timed}
+    return auto.freeze(), {signature.shape.n for signature, _ in clock.timed}
 
 
 def test_a_clear_layer_is_not_timed_and_says_so(
@@ -50,28 +49,26 @@ def test_a_clear_layer_is_not_timed_and_says_so(
     assert timed == {64}
 
     caplog.set_level(logging.INFO, "fp8tune")
-    auto, timed = tuned({"near": 128, "far": 2048}, all_faster, path)
+    plan, timed = tuned({"near": 128, "far": 2048}, all_faster, path)
     assert timed == {2048}
-    near, far = auto.plan.decisions
+    near, far = plan.decisions
     assert (near.reason, far.reason) == (Reason.EXPECTED_FASTER, Reason.FASTER)
     assert near.recipe == "bf16"
     assert near.reference_ms is None
     assert near.samples == 0
     found = (near.speedup_low, near.speedup, near.speedup_high)
     assert found == pytest.approx((2 / 1.2, 2.0, 2 * 1.2))
-    assert auto.plan.converted_fqns == ["near", "far"]
+    assert plan.converted_fqns == ["near", "far"]
     assert "1 of 2 signatures are timed; 1 are not" in caplog.text
-    table = str(auto.plan)
+    table = str(plan)
     assert "bf16: expected faster" in table
-    assert (
-        "1 Linears were not timed: their speedups are expected, from timings" in table
-    )
-    assert Plan.from_dict(auto.plan.to_dict()) == auto.plan
+    assert "1 Linears were not timed; their speedups are expected, from " in table
+    assert Plan.from_dict(plan.to_dict()) == plan
 
     # Nothing was kept as timed: the same again, and without trust it is timed.
     again, timed = tuned({"near": 128, "far": 2048}, all_faster, path)
     assert timed == set()
-    assert again.plan.decisions == auto.plan.decisions
+    assert again.decisions == plan.decisions
     _, timed = tuned(
         {"near": 128, "far": 2048},
         all_faster,
@@ -84,11 +81,36 @@ def test_a_clear_layer_is_not_timed_and_says_so(
 def test_a_clear_loss_stays_in_high_precision(tmp_path: Path) -> None:
     path = tmp_path / "cache.json"
     tuned({"seen": 64}, all_slower, path)
-    auto, timed = tuned({"near": 128}, all_slower, path)
-    (near,) = auto.plan.decisions
+    plan, timed = tuned({"near": 128}, all_slower, path)
+    (near,) = plan.decisions
     assert timed == set()
     assert near.reason is Reason.EXPECTED_SLOWER
-    assert auto.plan.converted_fqns == []
+    assert plan.converted_fqns == []
+
+
+def gain(roles: set[str]) -> float:
+    """Milliseconds that converting these saves a step: layer 1 loses."""
+    return sum(-20.0 if x == "1" else 10.0 for x in roles)
+
+
+def test_a_trial_overrules_what_is_expected(tmp_path: Path) -> None:
+    path = tmp_path / "cache.json"
+    tuned({"seen": 64}, all_faster, path)
+    clock: Any = ScriptedClock(all_faster, lambda roles: 100.0 - gain(roles))
+    auto = AutoFloat8(
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 2048)),
+        recipe="bf16",
+        config=replace(TRUST, trial_steps=200),
+        cache=path,
+        clock=clock,
+        warmup_steps=1,
+    )
+    x = torch.randn(64, 64, requires_grad=True)
+    plan = auto.trial(lambda: auto(x).sum().backward())
+    assert {x.shape.n for x, _ in clock.timed} == {2048}
+    assert plan.converted_fqns == ["0", "2"]
+    assert plan["1"].reason is Reason.SLOWER_IN_TRAINING
+    assert "1 Linears were not timed" in str(plan)
 
 
 def test_what_is_not_clear_is_timed(tmp_path: Path) -> None:
@@ -133,8 +155,8 @@ def _rank(path: str) -> list[tuple[list[str], set[int]]]:
     # Both ranks are near what is known; then one of them is not.
     for n, others_rows in ((128, 64), (32, 4096)):
         rows = others_rows if torch.distributed.get_rank() else 64
-        auto, timed = tuned({"near": n}, all_faster, path, rows=rows)
-        found.append(([str(x.reason) for x in auto.plan.decisions], timed))
+        plan, timed = tuned({"near": n}, all_faster, path, rows=rows)
+        found.append(([str(x.reason) for x in plan.decisions], timed))
     return found
 
 
