@@ -161,4 +161,6 @@ def reverted(conversions: Sequence[tuple[nn.Linear, Converts]]) -> Generator[Non
         yield
     finally:
         for linear, recipe in here:
-            convert_by(recipe, linear)
+            # One that was parametrized meanwhile cannot be converted again.
+            if is_plain_linear(linear):
+                convert_by(recipe, linear)

@@ -7,9 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from fp8tune.decision.reasons import Reason
 from fp8tune.errors import PhaseError
-from fp8tune.model.convert import revert_by, reverted
-from fp8tune.report.messages import COPIED_LINE
+from fp8tune.model.candidates import LeftOut
+from fp8tune.model.convert import is_converted, revert_by, reverted
+from fp8tune.model.linears import named_gemms
+from fp8tune.model.screen import why_not_plain
+from fp8tune.model.sharding import is_plain_linear
+from fp8tune.report.messages import COPIED_LINE, changed_line
+from fp8tune.tuner.conversions import without_lost
 from fp8tune.tuner.phases import Phase
 from fp8tune.tuner.subject import subject_of_plan
 
@@ -85,6 +91,24 @@ class Settled:
         """Inside the block every layer runs in high precision."""
         with reverted(self.conversions):
             yield
+        # Inside of another block they are plain.
+        done = (is_converted(x) or is_plain_linear(x) for x in self.converted)
+        if not all(done):
+            self._give_up_changed()
+
+    def _give_up_changed(self) -> None:
+        """Layers that were changed, and so could not be converted again, are said to be."""
+        assert self.plan is not None
+        kept = (x for x in self.converted if is_converted(x) or is_plain_linear(x))
+        gone = {id(x) for x in self.converted} - {id(x) for x in kept}
+        records = [
+            LeftOut(fqn, x, why_not_plain(x) or Reason.REPLACED)
+            for fqn, x in named_gemms(self.target)
+        ]
+        lost = [x.fqn for x in records if id(x.linear) in gone]
+        logger.warning("%s", changed_line(lost))
+        self.plan = without_lost(self.plan, lost, records)
+        self.conversions = [x for x in self.conversions if id(x[0]) not in gone]
 
     @property
     def linears(self) -> int:

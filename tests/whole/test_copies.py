@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from fp8tune import AutoFloat8, ModelError, PhaseError, TuneConfig
@@ -248,3 +249,21 @@ def test_a_deepcopy_of_the_users_own_is_right_too(
     assert again(torch.ones(1, 32)).abs().max() == 0
     step(twin)
     assert auto.phase == ("trial" if trial_steps else "warmup")
+
+
+def test_a_copy_parametrized_after_the_freeze_is_not_lost_without_a_word(
+    tuned: Tuned, caplog: pytest.LogCaptureFixture
+) -> None:
+    twin = copy.deepcopy(tuned("frozen"))
+    with twin.reference(), twin.reference():
+        step(twin)
+    assert twin.plan.converted_fqns == ["0", "2"]
+    weight_norm(twin[0])
+    step(twin)
+    for _ in range(2):
+        with twin.reference():
+            step(twin)
+        step(twin)
+    assert twin.plan.converted_fqns == ["2"]
+    assert type(twin[2]) is BFloat16Linear
+    assert caplog.text.count("1 Linears were replaced or changed") == 1
