@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fp8tune import get_recipe
-from fp8tune.model.called import signature_of
+from fp8tune.model.called import Call, signature_of
 from fp8tune.model.candidates import Sample
 from fp8tune.timing.accuracy import accuracy_of
 from fp8tune.timing.check import Checked, check_accuracy
@@ -85,7 +85,7 @@ def found(
     if weight is not None:
         linear.weight.data.copy_(weight)
     x = x.requires_grad_()
-    signature = signature_of(linear, x, recompute=False)
+    signature = signature_of(linear, Call(x), recompute=False)
     recipe.convert(linear)
     layer = Checked("layer", linear, recipe, grad_input=True)
     checked = check_accuracy([layer], lambda: linear(x), BUDGET_BYTES)
