@@ -58,6 +58,14 @@ PLACES = {
         "torch ops.aten._scaled_dot_product_flash_attention_for_cpu"
     ),
     "_sleep": "torch.cuda _sleep",
+    "_to_fp8_rowwise_then_scaled_grouped_mm": (
+        "torchao.prototype.moe_training.fp8_grouped_mm "
+        "_to_fp8_rowwise_then_scaled_grouped_mm"
+    ),
+    "_to_mxfp8_then_scaled_grouped_mm": (
+        "torchao.prototype.moe_training.mxfp8_grouped_mm "
+        "_to_mxfp8_then_scaled_grouped_mm"
+    ),
     "_to_mxfp8_then_scaled_mm": (
         "torchao.prototype.moe_training.mxfp8_linear _to_mxfp8_then_scaled_mm"
     ),

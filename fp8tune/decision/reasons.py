@@ -95,7 +95,8 @@ _SENTENCES = {
     Reason.FIRST_OR_LAST: "it is the first or the last Linear; include_output_layer "
     "takes it in",
     Reason.UNSUPPORTED_DTYPE: "the recipe does not take weights of this dtype",
-    Reason.NOT_FOR_EXPERTS: "the recipe takes Linears, and it is a 3-D Parameter as of experts",
+    Reason.NOT_FOR_EXPERTS: "the recipe takes no grouped GEMMs of experts, or none on this "
+    "device, and it is a 3-D Parameter as of those",
     Reason.NO_GROUPED_GEMM: "no training step multiplied it in a grouped GEMM",
     Reason.NEVER_CALLED: "no training step called it",
     Reason.NO_GRADIENT: "it was called, but no gradient had come back by then",

@@ -2,7 +2,7 @@
 
 Each GEMM sums over blocks of 32: K in forward, N for grad_input, M for grad_weight. K and
 N must be multiples of 32; M is padded with rows of zeros, since a last batch may have any
-number of rows.
+number of rows. Grouped GEMMs of experts are the same, each group padded by itself.
 
 The class came to ``torchao.prototype.moe_training.mxfp8_linear`` with torchao 0.18, with
 which this was tested. Where it is missing the recipe is refused with a message that says
@@ -10,7 +10,7 @@ so, and nothing else of fp8tune changes.
 """
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from torch.nn import functional as F
 
 from fp8tune.decision.reasons import Reason
 from fp8tune.model.convert import change_class, restore_class
+from fp8tune.model.experts import GroupedLinear
 from fp8tune.recipes.casts import CastOperand
-from fp8tune.recipes.hardware import has_mx_gemms, runs_converted
+from fp8tune.recipes.groups import PaddedExperts
+from fp8tune.recipes.hardware import has_mx_gemms, runs_converted, runs_experts
 from fp8tune.recipes.prototypes import load, on_padded_rows
 
-__all__ = ["BLOCK", "MXFP8Recipe"]
+__all__ = ["BLOCK", "MXFP8Experts", "MXFP8Recipe"]
 
 # Values that share a scale; fixed by the format (OCP Microscaling Formats 1.0).
 BLOCK = 32
@@ -37,6 +39,8 @@ _NAMES = (
     "ScaleCalculationMode",
     "_to_mxfp8_then_scaled_mm",
 )
+_HOME_OF_GROUPED = "torchao.prototype.moe_training.mxfp8_grouped_mm"
+_GROUPED = "_to_mxfp8_then_scaled_grouped_mm"
 
 
 class MXFP8Recipe:
@@ -66,6 +70,7 @@ class MXFP8Recipe:
         torchao = _torchao()
         self.name = name
         self._mode = mode
+        self._device = device
         self._kind = _padded_linear()
         self._attributes: dict[str, Any] = {
             "kernel_preference": torchao.KernelPreference.AUTO,
@@ -85,7 +90,7 @@ class MXFP8Recipe:
         """Blocks of 32 must fill K and N."""
         if linear.weight.dtype not in (torch.bfloat16, torch.float32):
             return Reason.UNSUPPORTED_DTYPE
-        n, k = linear.weight.shape
+        n, k = linear.weight.shape[-2:]  # of experts, either of them first
         return Reason.NOT_DIVISIBLE_BY_32 if k % BLOCK or n % BLOCK else None
 
     def static_filter(self, linear: nn.Linear) -> Reason | None:
@@ -93,12 +98,23 @@ class MXFP8Recipe:
         del linear
 
     def convert(self, linear: nn.Linear) -> None:
-        """Give the Linear torchao's class and attributes."""
-        change_class(linear, self._kind, self._attributes)
+        """Give the Linear torchao's class and attributes, or the grouped GEMM its own."""
+        change_class(linear, *self._change_for(linear))
 
     def revert(self, linear: nn.Linear) -> None:
-        """Take torchao's class and attributes away."""
-        restore_class(linear, self._kind, self._attributes)
+        """Take the class and the attributes away."""
+        restore_class(linear, *self._change_for(linear))
+
+    def _change_for(self, linear: nn.Linear) -> tuple[type[nn.Linear], dict[str, Any]]:
+        if isinstance(linear, GroupedLinear):
+            own = {"product": _grouped_mm(), "arguments": self._attributes}
+            return MXFP8Experts, own
+        return self._kind, self._attributes
+
+    @cached_property
+    def takes_experts(self) -> bool:
+        """Whether torchao has the grouped GEMM, and it runs."""
+        return runs_experts(self.name, self.convert, self._device)
 
     def casts(
         self,
@@ -134,6 +150,17 @@ class MXFP8Recipe:
 @cache
 def _torchao() -> Any:
     return load(_HOME, _NAMES, "mxfp8", "MXFP8Linear")
+
+
+@cache
+def _grouped_mm() -> Any:
+    return getattr(load(_HOME_OF_GROUPED, [_GROUPED], "mxfp8", _GROUPED), _GROUPED)
+
+
+class MXFP8Experts(PaddedExperts):
+    """A grouped GEMM of experts in mxfp8, by torchao's function for it."""
+
+    multiple = BLOCK
 
 
 @cache

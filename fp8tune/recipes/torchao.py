@@ -1,9 +1,10 @@
-"""torchao's float8 Linear, in place."""
+"""torchao's float8 Linear, in place, and with rowwise scales its grouped GEMM of experts."""
 
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,17 +14,33 @@ from torchao.float8 import (
     convert_to_float8_training,
     float8_linear,
 )
-from torchao.float8.config import CastConfig, ScalingGranularity, ScalingType
+from torchao.float8.config import (
+    CastConfig,
+    ScalingGranularity,
+    ScalingType,
+    e4m3_dtype,
+)
 from torchao.float8.float8_utils import tensor_to_scale
 
 from fp8tune.decision.gemms import CASTS, base_of, part_name
 from fp8tune.decision.reasons import Reason
 from fp8tune.model.convert import change_class, restore_class
+from fp8tune.model.experts import GroupedLinear
 from fp8tune.recipes.casts import CastOperand
 from fp8tune.recipes.empty import has_no_rows, linear_without_rows
-from fp8tune.recipes.hardware import has_float8_gemms, runs_converted
+from fp8tune.recipes.groups import PaddedExperts
+from fp8tune.recipes.hardware import (
+    has_float8_gemms,
+    has_grouped_float8_gemms,
+    runs_converted,
+    runs_experts,
+)
+from fp8tune.recipes.prototypes import load
 
-__all__ = ["Float8Linear", "TorchaoRecipe"]
+__all__ = ["Float8Linear", "RowwiseExperts", "TorchaoRecipe"]
+
+_HOME_OF_GROUPED = "torchao.prototype.moe_training.fp8_grouped_mm"
+_GROUPED = "_to_fp8_rowwise_then_scaled_grouped_mm"
 
 
 class Float8Linear(float8_linear.Float8Linear):
@@ -34,6 +51,29 @@ class Float8Linear(float8_linear.Float8Linear):
         if has_no_rows(self, input):
             return linear_without_rows(self, input)
         return super().forward(input)
+
+
+class RowwiseExperts(PaddedExperts):
+    """A grouped GEMM of experts in float8, a scale for each row, by torchao's kernels.
+
+    They raise where they are to pad groups themselves.
+    """
+
+    multiple = 16
+
+
+@cache
+def _grouped_mm() -> Any:
+    # A prototype of torchao, which takes seconds to import.
+    return getattr(load(_HOME_OF_GROUPED, [_GROUPED], "rowwise", _GROUPED), _GROUPED)
+
+
+def _of_experts() -> dict[str, Any]:
+    arguments = {
+        "float8_dtype": e4m3_dtype,
+        "pad_token_groups_for_grouped_mm": False,
+    }
+    return {"product": _grouped_mm(), "arguments": arguments}
 
 
 class TorchaoRecipe:
@@ -93,6 +133,15 @@ class TorchaoRecipe:
         twin._kind = Float8Linear  # noqa: SLF001
         return twin
 
+    @cached_property
+    def takes_experts(self) -> bool:
+        """Whether it converts grouped GEMMs too: rowwise, where torchao's kernels run."""
+        if self.name != Float8LinearRecipeName.ROWWISE.value or self.emulated:
+            return False
+        return has_grouped_float8_gemms(self._device) and runs_experts(
+            self.name, self.convert, self._device
+        )
+
     @property
     def gemms(self) -> tuple[str, ...]:
         """The GEMMs whose operands are cast."""
@@ -122,11 +171,16 @@ class TorchaoRecipe:
         """float8 GEMMs take bf16 or fp32 operands whose K and N are multiples of 16."""
         if linear.weight.dtype not in (torch.bfloat16, torch.float32):
             return Reason.UNSUPPORTED_DTYPE
-        n, k = linear.weight.shape
+        n, k = linear.weight.shape[-2:]  # of experts, either of them first
         return Reason.NOT_DIVISIBLE_BY_16 if k % 16 or n % 16 else None
 
     def static_filter(self, linear: nn.Linear) -> Reason | None:
-        """Torchao's thresholds for K and N, measured on one H100 (torchao PR 2410)."""
+        """Torchao's thresholds for K and N, measured on one H100 (torchao PR 2410).
+
+        They are of Linears; there are none for grouped GEMMs.
+        """
+        if isinstance(linear, GroupedLinear):
+            return None
         keep = _torchao_auto_filter(self.name)
         return None if keep is None or keep(linear, "") else Reason.SMALL_KN
 
@@ -136,12 +190,17 @@ class TorchaoRecipe:
         return _torchao_auto_filter(self.name) is not None
 
     def convert(self, linear: nn.Linear) -> None:
-        """Give the Linear torchao's class and attributes."""
-        change_class(linear, self._kind, self._attributes)
+        """Give the Linear torchao's class and attributes, or the grouped GEMM its own."""
+        change_class(linear, *self._change_for(linear))
 
     def revert(self, linear: nn.Linear) -> None:
-        """Take torchao's class and attributes away."""
-        restore_class(linear, self._kind, self._attributes)
+        """Take the class and the attributes away."""
+        restore_class(linear, *self._change_for(linear))
+
+    def _change_for(self, linear: nn.Linear) -> tuple[type[nn.Linear], dict[str, Any]]:
+        if isinstance(linear, GroupedLinear):
+            return RowwiseExperts, _of_experts()
+        return self._kind, self._attributes
 
     def casts(
         self,

@@ -66,7 +66,8 @@ def measure_with_parts(
     if any(_is_faster(x, config) for x in measured):
         return measured
     for recipe, whole in zip(recipes, list(measured), strict=True):
-        if isinstance(recipe, ByGemm) and _is_worth_it(whole):
+        grouped = whole.signature.shape.experts > 0  # which no recipe takes apart
+        if isinstance(recipe, ByGemm) and not grouped and _is_worth_it(whole):
             alone = _each_alone(recipe, whole, lambda x: timed(x, None))
             gaining = tuple(x for x, found in alone.items() if _gains(found))
             if len(gaining) == 1:
