@@ -8,8 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fp8tune.bench.experts import MixtureOfExperts
+from fp8tune.bench.feed_forward import GELU, SwiGLU
+
 if TYPE_CHECKING:
-    from fp8tune.bench.workloads import Workload
+    from fp8tune.bench.sizes import LatentAttention, Workload
 
 __all__ = ["Block", "Model"]
 
@@ -17,7 +20,7 @@ __all__ = ["Block", "Model"]
 class _Attention(nn.Module):
     def __init__(self, workload: Workload) -> None:
         super().__init__()
-        w, bias = workload, workload.vision
+        w, bias = workload, workload.vision or workload.attention_bias
         self._workload = workload
         if w.fused_qkv:
             self.wqkv = nn.Linear(w.dim, w.q + 2 * w.kv, bias)
@@ -47,6 +50,39 @@ class _Attention(nn.Module):
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
+class _LatentAttention(nn.Module):
+    """Queries, keys and values by way of few features; see ``LatentAttention``."""
+
+    def __init__(self, workload: Workload, sizes: LatentAttention) -> None:
+        super().__init__()
+        w, s = workload, sizes
+        self._split = (w.head_dim, s.rope)
+        self._ranks = (s.kv_rank, s.rope)
+        self.q_a = nn.Linear(w.dim, s.q_rank, bias=False)
+        self.q_b = nn.Linear(s.q_rank, w.heads * (w.head_dim + s.rope), bias=False)
+        self.kv_a = nn.Linear(w.dim, s.kv_rank + s.rope, bias=False)
+        self.kv_b = nn.Linear(s.kv_rank, w.heads * 2 * w.head_dim, bias=False)
+        self.wo = nn.Linear(w.q, w.dim, bias=False)
+        self.q_norm, self.kv_norm = nn.RMSNorm(s.q_rank), nn.RMSNorm(s.kv_rank)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (batch, sequence, dim) -> the same."""
+        size, rope = self._split
+        q = self.q_b(self.q_norm(self.q_a(x))).unflatten(-1, (-1, size + rope))
+        low, k_rope = self.kv_a(x).split(self._ranks, dim=-1)
+        kv = self.kv_b(self.kv_norm(low)).unflatten(-1, (-1, 2 * size))
+        q_plain, q_rope = q.transpose(1, 2).split(self._split, dim=-1)
+        k_plain, v = kv.transpose(1, 2).chunk(2, dim=-1)
+        k_rope = _rotated(k_rope.unsqueeze(1)).expand(-1, k_plain.shape[1], -1, -1)
+        y = F.scaled_dot_product_attention(
+            torch.cat((q_plain, _rotated(q_rope)), dim=-1),
+            torch.cat((k_plain, k_rope), dim=-1),
+            v,
+            is_causal=True,
+        )
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
 def _rotated(x: torch.Tensor) -> torch.Tensor:
     """Rotary positions; shape (batch, heads, sequence, features) -> the same."""
     half = x.shape[-1] // 2
@@ -58,38 +94,20 @@ def _rotated(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class _SwiGLU(nn.Module):
-    def __init__(self, workload: Workload) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(workload.dim, workload.hidden, bias=False)
-        self.w2 = nn.Linear(workload.hidden, workload.dim, bias=False)
-        self.w3 = nn.Linear(workload.dim, workload.hidden, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (batch, sequence, dim) -> the same."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class _GELU(nn.Module):
-    def __init__(self, workload: Workload) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(workload.dim, workload.hidden)
-        self.fc2 = nn.Linear(workload.hidden, workload.dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (batch, sequence, dim) -> the same."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and around a residual."""
+    """Attention and feed-forward or experts, each behind a norm and around a residual."""
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
-        norm = nn.LayerNorm if workload.vision else nn.RMSNorm
-        self.norm_1, self.norm_2 = norm(workload.dim), norm(workload.dim)
-        self.attention = _Attention(workload)
-        self.feed_forward = (_GELU if workload.vision else _SwiGLU)(workload)
+        w = workload
+        norm = nn.LayerNorm if w.vision else nn.RMSNorm
+        self.norm_1, self.norm_2 = norm(w.dim), norm(w.dim)
+        self.attention = _LatentAttention(w, w.latent) if w.latent else _Attention(w)
+        self.feed_forward = (
+            MixtureOfExperts(w, w.moe)
+            if w.moe
+            else (GELU if w.vision else SwiGLU)(w.dim, w.hidden)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape (batch, sequence, dim) -> the same."""

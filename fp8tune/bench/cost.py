@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fp8tune.bench.policies import tune
+from fp8tune.bench.tuning import tune
 from fp8tune.bench.workloads import find_workloads, scaled_down
 from fp8tune.config import TuneConfig
 from fp8tune.errors import BenchError

@@ -6,14 +6,15 @@ import logging
 from dataclasses import dataclass, field
 from itertools import product
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fp8tune.auto import AutoFloat8
-from fp8tune.bench.race import COMPILE, PlanNames, Race, model_of
+from fp8tune.bench.race import PlanNames, Race
+from fp8tune.bench.tuning import Choice, tune
 from fp8tune.compiling.dynamo import compile_without_limit
 from fp8tune.config import Context, TuneConfig
 from fp8tune.decision.intervals import Interval, speedup_interval
 from fp8tune.model.allocation import is_out_of_memory
+from fp8tune.model.experts import experts_in
 from fp8tune.report.progress import log_level
 
 if TYPE_CHECKING:
@@ -22,21 +23,20 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fp8tune.bench.workloads import Workload
+    from fp8tune.bench.sizes import Workload
     from fp8tune.recipes.recipe import Recipe
     from fp8tune.timing.clock import Clock
 
-__all__ = ["FP8TUNE", "Choice", "Outcome", "Row", "Setting", "compare_policies", "tune"]
+__all__ = ["FP8TUNE", "Outcome", "Row", "Setting", "compare_policies"]
 
 REFERENCE, ALL, STATIC = "all reference", "all converted", "torchao's static filter"
 FP8TUNE, ALONE, CONTEXT = "fp8tune", "  layers alone", "  layers in context"
 ORACLE = "oracle"
 
-# 2**6 plans are as many as compile in minutes.
+# 2**6 plans are as many as compile in minutes; those that need not compile are more.
 _MOST_GROUPS = 6
+_MOST_EAGER_GROUPS = 9
 _CONFIDENCE = 0.95
-# More than the warmup and the trial of the default TuneConfig take.
-_MOST_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Setting:
     """What a comparison is made with.
 
     Attributes:
-        recipe: what Linears are converted to.
+        recipe: what Linears and grouped GEMMs are converted to.
         device: where.
         clock: what times.
         compiled: as torch.compile makes it, or eagerly.
@@ -66,7 +66,7 @@ class Row:
 
     Attributes:
         policy: its name.
-        converted: the Linears that it converts.
+        converted: the Linears and grouped GEMMs that it converts.
         step_ms: median of forward + backward of the block.
         speedup: time of all reference / its own.
         regret: its time / that of the oracle, or None where there is no oracle.
@@ -95,7 +95,7 @@ class Outcome:
 
     Attributes:
         workload: what ran.
-        linears: K and N of each Linear.
+        gemms: K, N and E of each Linear and grouped GEMM; E is 0 for a Linear.
         rounds: how often each plan was timed.
         plans: how many plans the oracle chose from.
         rows: one per policy.
@@ -103,22 +103,11 @@ class Outcome:
     """
 
     workload: Workload
-    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    gemms: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     rounds: int = 0
     plans: int = 0
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A plan, and what finding it took, where it had to be measured."""
-
-    plan: PlanNames
-    seconds: float | None = None
-    warm_up_s: float | None = None
-    steps: int | None = None
-    tried: int | None = None
 
 
 def compare_policies(workload: Workload, setting: Setting) -> Outcome:
@@ -147,9 +136,9 @@ def _compare(outcome: Outcome, setting: Setting) -> None:
         setting.clock,
         compiled=setting.compiled,
     )
-    linears, notes = race.linears, outcome.notes
-    outcome.linears = {x: (y.in_features, y.out_features) for x, y in linears.items()}
-    choices = _static_choices(linears, setting.recipe, notes)
+    notes = outcome.notes
+    outcome.gemms = {name: _sizes(x) for name, x in race.gemms.items()}
+    choices = _static_choices(race.gemms, setting.recipe, notes)
     for policy, config in _configs(setting).items():
         choices[policy] = tune(
             outcome.workload,
@@ -159,9 +148,10 @@ def _compare(outcome: Outcome, setting: Setting) -> None:
             config,
             compiled=setting.compiled,
         )
-    possible = _all_plans(linears, choices[ALL].plan)
+    most = _MOST_GROUPS if setting.compiled else _MOST_EAGER_GROUPS
+    possible = _all_plans(outcome.gemms, choices[ALL].plan, most)
     if not possible:
-        notes.append(f"no oracle: more than {_MOST_GROUPS} groups of equal Linears")
+        notes.append(f"no oracle: more than {most} groups of equal GEMMs")
     columns = race.run(
         [x.plan for x in choices.values()],
         possible,
@@ -181,17 +171,29 @@ def _compare(outcome: Outcome, setting: Setting) -> None:
     ]
 
 
+def _sizes(gemm: nn.Linear) -> tuple[int, int, int]:
+    return gemm.in_features, gemm.out_features, experts_in(gemm)
+
+
 def _static_choices(
-    linears: dict[str, nn.Linear], recipe: Recipe, notes: list[str]
+    gemms: dict[str, nn.Linear], recipe: Recipe, notes: list[str]
 ) -> dict[str, Choice]:
-    possible = [name for name, x in linears.items() if recipe.supports(x) is None]
+    possible = [name for name, x in gemms.items() if _can_convert(recipe, x)]
     choices = {REFERENCE: Choice(PlanNames()), ALL: Choice(PlanNames(possible))}
     if getattr(recipe, "has_static_filter", False):
-        kept = [x for x in possible if recipe.static_filter(linears[x]) is None]
+        # It knows Linears alone.
+        linears = [x for x in possible if not experts_in(gemms[x])]
+        kept = [x for x in linears if recipe.static_filter(gemms[x]) is None]
         choices[STATIC] = Choice(PlanNames(kept))
     else:
         notes.append(f"torchao's static filter has no thresholds for {recipe.name}")
     return choices
+
+
+def _can_convert(recipe: Recipe, gemm: nn.Linear) -> bool:
+    if experts_in(gemm) and not getattr(recipe, "takes_experts", False):
+        return False
+    return recipe.supports(gemm) is None
 
 
 def _configs(setting: Setting) -> dict[str, TuneConfig]:
@@ -205,14 +207,14 @@ def _configs(setting: Setting) -> dict[str, TuneConfig]:
     }
 
 
-def _all_plans(linears: dict[str, nn.Linear], possible: PlanNames) -> list[PlanNames]:
-    """Every plan that treats Linears of one K and N alike; none if they are too many."""
-    groups: dict[tuple[int, int], set[str]] = {}
+def _all_plans(
+    gemms: dict[str, tuple[int, int, int]], possible: PlanNames, most: int
+) -> list[PlanNames]:
+    """Every plan that treats GEMMs of one K, N and E alike; none if they are too many."""
+    groups: dict[tuple[int, int, int], set[str]] = {}
     for name in sorted(possible):
-        linear = linears[name]
-        shape = linear.in_features, linear.out_features
-        groups.setdefault(shape, set()).add(name)
-    if len(groups) > _MOST_GROUPS:
+        groups.setdefault(gemms[name], set()).add(name)
+    if len(groups) > most:
         return []
     switches = product((False, True), repeat=len(groups))
     return [
@@ -221,52 +223,6 @@ def _all_plans(linears: dict[str, nn.Linear], possible: PlanNames) -> list[PlanN
         )
         for bits in switches
     ]
-
-
-class _Stopwatch:
-    """A clock that also counts what warming up takes."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.warm_up_s = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._clock, name)
-
-    def warm_up(self, work: Any) -> None:
-        started = self._clock.now()
-        self._clock.warm_up(work)
-        self.warm_up_s += self._clock.now() - started
-
-
-def tune(
-    workload: Workload,
-    recipe: Recipe,
-    device: torch.device,
-    clock: Clock,
-    config: TuneConfig,
-    *,
-    compiled: bool,
-) -> Choice:
-    """What AutoFloat8 chooses, as a user gets it."""
-    model = model_of(workload, recipe, device)
-    stopwatch: Any = _Stopwatch(clock)
-    started, steps = clock.now(), 0
-    auto = AutoFloat8(
-        model,
-        recipe=recipe,
-        compile=COMPILE if compiled else False,
-        config=config,
-        clock=stopwatch,
-    )
-    while not auto.frozen and steps < _MOST_STEPS:
-        auto().backward(model.grad_output)
-        auto.zero_grad()
-        steps += 1
-    plan = auto.freeze()
-    seconds = clock.now() - started
-    chosen = PlanNames(plan.converted_fqns)
-    return Choice(chosen, seconds, stopwatch.warm_up_s, steps, len(plan.trials))
 
 
 def _row(

@@ -17,13 +17,13 @@ from fp8tune.bench.blocks import Model
 from fp8tune.compiling.inductor import with_recipe_settings
 from fp8tune.decision.intervals import FIRST_LOOK
 from fp8tune.decision.rounds import balanced_order
-from fp8tune.model.linears import named_linears
+from fp8tune.model.linears import named_gemms
 from fp8tune.timing.memory import peak_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp8tune.bench.workloads import Workload
+    from fp8tune.bench.sizes import Workload
     from fp8tune.recipes.recipe import Recipe
     from fp8tune.timing.clock import Clock
 
@@ -31,7 +31,7 @@ __all__ = ["COMPILE", "PlanNames", "Race", "model_of"]
 
 COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": False}
 
-# The Linears that a plan converts.
+# The Linears and grouped GEMMs that a plan converts.
 PlanNames = frozenset[str]
 
 _MOST_ROUNDS = 64
@@ -65,10 +65,13 @@ class Race:
 
     Args:
         workload: what runs.
-        recipe: what Linears are converted to.
+        recipe: what Linears and grouped GEMMs are converted to.
         device: where.
         clock: what times it.
         compiled: whether the model is compiled, as AutoFloat8 compiles it.
+
+    Attributes:
+        gemms: those of the model, by name.
     """
 
     def __init__(
@@ -84,17 +87,17 @@ class Race:
         self._device = device
         self._recipe = recipe
         self._clock = clock
-        self.linears: dict[str, nn.Linear] = dict(named_linears(self._model))
+        self.gemms: dict[str, nn.Linear] = dict(named_gemms(self._model))
         self._converted: set[str] = set()
         if compiled:
             self._model.compile(**with_recipe_settings(COMPILE, [recipe]))
 
     def switch(self, plan: PlanNames) -> None:
-        """Convert exactly these Linears."""
+        """Convert exactly these Linears and grouped GEMMs."""
         for name in self._converted - plan:
-            self._recipe.revert(self.linears[name])
+            self._recipe.revert(self.gemms[name])
         for name in plan - self._converted:
-            self._recipe.convert(self.linears[name])
+            self._recipe.convert(self.gemms[name])
         self._converted = set(plan)
 
     def step(self) -> None:

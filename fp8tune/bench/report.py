@@ -30,7 +30,7 @@ _COLUMNS = (
 
 def outcome_lines(outcome: Outcome, setting: Setting, width: int) -> list[str]:
     """A heading, the table, and what is missing from it."""
-    rows = [_cells(x, len(outcome.linears)) for x in outcome.rows]
+    rows = [_cells(x, len(outcome.gemms)) for x in outcome.rows]
     table = column_lines(_COLUMNS, rows, width) if rows else []
     notes = [line for x in outcome.notes for line in paragraph(x, width)]
     return [*paragraph(_heading(outcome, setting), width), *table, *notes, ""]
@@ -38,10 +38,10 @@ def outcome_lines(outcome: Outcome, setting: Setting, width: int) -> list[str]:
 
 def _heading(outcome: Outcome, setting: Setting) -> str:
     recipe = setting.recipe
-    shapes: dict[tuple[int, int], list[str]] = {}
-    for name, shape in outcome.linears.items():
+    shapes: dict[tuple[int, int, int], list[str]] = {}
+    for name, shape in outcome.gemms.items():
         shapes.setdefault(shape, []).append(name.rsplit(".", 1)[-1])
-    listed = ", ".join(f"{'+'.join(x)} {k}x{n}" for (k, n), x in shapes.items())
+    listed = ", ".join(f"{'+'.join(x)} {_size(shape)}" for shape, x in shapes.items())
     small = " (scaled down)" if outcome.workload.small else ""
     how = "compiled" if setting.compiled else "eager"
     emulated = ", emulated: its times mean nothing" if recipe.emulated else ""
@@ -52,10 +52,15 @@ def _heading(outcome: Outcome, setting: Setting) -> str:
     )
 
 
-def _cells(row: Row, linears: int) -> list[str]:
+def _size(shape: tuple[int, int, int]) -> str:
+    k, n, experts = shape
+    return f"{k}x{n} for {experts} experts" if experts else f"{k}x{n}"
+
+
+def _cells(row: Row, gemms: int) -> list[str]:
     return [
         row.policy,
-        f"{len(row.converted)}/{linears}",
+        f"{len(row.converted)}/{gemms}",
         f"{row.step_ms:.2f}",
         f"{row.speedup.middle:.2f} [{row.speedup.low:.2f}, {row.speedup.high:.2f}]",
         "-" if row.regret is None else _percent(row.regret),
@@ -93,7 +98,7 @@ def outcome_data(outcome: Outcome) -> dict[str, Any]:
     """The same for programs."""
     return {
         "workload": dataclasses.asdict(outcome.workload),
-        "linears": {name: list(shape) for name, shape in outcome.linears.items()},
+        "gemms": {name: list(shape) for name, shape in outcome.gemms.items()},
         "rounds": outcome.rounds,
         "plans": outcome.plans,
         "policies": [_row_data(x) for x in outcome.rows],

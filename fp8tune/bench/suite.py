@@ -19,7 +19,7 @@ from fp8tune.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fp8tune.bench.workloads import Workload
+    from fp8tune.bench.sizes import Workload
 
 __all__ = ["Findings", "GpuSuite"]
 

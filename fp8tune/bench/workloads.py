@@ -1,77 +1,27 @@
 """What the benchmark runs: one block of a published model, by name.
 
-Sizes are those on one rank. A block under tensor parallelism has its local sizes and runs
-without communication, so that one device is enough; what overlaps with communication in
-training is not in its time.
+Sizes are those on one rank. A block under tensor or expert parallelism has its local sizes
+and runs without communication, so that one device is enough; what overlaps with
+communication in training is not in its time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fp8tune.bench.sizes import LatentAttention, RoutedExperts, Workload
 from fp8tune.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["WORKLOADS", "Workload", "find_workloads", "scaled_down"]
+__all__ = ["WORKLOADS", "find_workloads", "scaled_down"]
 
 # What a block is scaled down to, as far as its heads allow, and by how much its rows are.
 _SMALL_DIM = 512
 _SMALL_HEAD_DIM = 16
 _ROWS_DIVISOR = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """One block and the number of rows that it is called with.
-
-    Attributes:
-        name: what users call it.
-        source: where the sizes were published.
-        m: rows, that is tokens on this rank.
-        dim: features of the residual stream.
-        heads: query heads on this rank.
-        kv_heads: key and value heads on this rank.
-        head_dim: features of one head.
-        hidden: features between the feed-forward's Linears on this rank.
-        sequence: tokens that attend to each other; all rows, if they are no multiple.
-        vision: LayerNorm, biases, GELU and full attention, as in a vision transformer,
-            instead of RMSNorm, SwiGLU and causal attention with rotary positions.
-        fused_qkv: one Linear for q, k and v.
-        qk_norm: RMSNorm on q and k.
-        small: scaled down for a CPU.
-    """
-
-    name: str
-    source: str
-    m: int
-    dim: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    sequence: int = 8192
-    vision: bool = False
-    fused_qkv: bool = False
-    qk_norm: bool = False
-    small: bool = False
-
-    @property
-    def q(self) -> int:
-        """Features of all queries on this rank."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv(self) -> int:
-        """Features of all keys on this rank, and of all values."""
-        return self.kv_heads * self.head_dim
-
-    @property
-    def label(self) -> str:
-        """Its name with its rows, as ``--workload`` takes it."""
-        return f"{self.name}@{self.m}"
 
 
 _LLAMA_3 = "The Llama 3 Herd of Models, arXiv 2407.21783, table 3"
@@ -146,6 +96,54 @@ WORKLOADS: list[Workload] = [
         sequence=2048,
         fused_qkv=True,
     ),
+    Workload(
+        name="mixtral-8x7b",
+        source="config.json of mistralai/Mixtral-8x7B-v0.1",
+        m=8192,
+        dim=4096,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        hidden=14336,
+        moe=RoutedExperts(experts=8, top_k=2),
+    ),
+    Workload(
+        name="qwen3-30b-a3b",
+        source="config.json of Qwen/Qwen3-30B-A3B",
+        m=8192,
+        dim=2048,
+        heads=32,
+        kv_heads=4,
+        head_dim=128,
+        hidden=768,
+        qk_norm=True,
+        moe=RoutedExperts(experts=128, top_k=8),
+    ),
+    Workload(
+        name="deepseek-v3-ep8",
+        source="config.json of deepseek-ai/DeepSeek-V3; 32 of the 256 experts, and as many "
+        "rows as eight ranks send to each eighth of them",
+        m=8192,
+        dim=7168,
+        heads=128,
+        kv_heads=128,
+        head_dim=128,
+        hidden=2048,
+        moe=RoutedExperts(experts=32, top_k=8, shared=2048),
+        latent=LatentAttention(q_rank=1536, kv_rank=512, rope=64),
+    ),
+    Workload(
+        name="gpt-oss-20b",
+        source="config.json of openai/gpt-oss-20b",
+        m=8192,
+        dim=2880,
+        heads=64,
+        kv_heads=8,
+        head_dim=64,
+        hidden=2880,
+        attention_bias=True,
+        moe=RoutedExperts(experts=32, top_k=4, gpt_oss=True),
+    ),
 ]
 
 
@@ -174,7 +172,8 @@ def scaled_down(workload: Workload) -> Workload:
     """The same block with 256 to 2048 features, for a CPU; rows are divided by 64.
 
     All features are divided by the same number, so their proportions stay; a head keeps
-    at least 16, since float8 needs multiples of that.
+    at least 16, and as many with rotary positions, since float8 needs multiples of that.
+    There are as many experts as before, and each row goes to as many of them.
     """
     divisor = 1
     while (
@@ -182,11 +181,22 @@ def scaled_down(workload: Workload) -> Workload:
         and workload.head_dim >= 2 * divisor * _SMALL_HEAD_DIM
     ):
         divisor *= 2
+    moe, latent = workload.moe, workload.latent
     return replace(
         workload,
         m=max(1, workload.m // _ROWS_DIVISOR),
         dim=workload.dim // divisor,
         head_dim=workload.head_dim // divisor,
         hidden=workload.hidden // divisor,
+        moe=moe and replace(moe, shared=moe.shared // divisor),
+        latent=latent and _smaller(latent, divisor),
         small=True,
+    )
+
+
+def _smaller(latent: LatentAttention, divisor: int) -> LatentAttention:
+    return LatentAttention(
+        q_rank=latent.q_rank // divisor,
+        kv_rank=latent.kv_rank // divisor,
+        rope=max(latent.rope // divisor, _SMALL_HEAD_DIM),
     )

@@ -36,7 +36,7 @@ _ATEN = torch.ops.aten
 
 # torch's own counter knows no formula for these two.
 _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-_GROUPED = ("_grouped_mm", "grouped_mm_fallback")
+_GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
 # The two factors stand behind the summand there.
 _WITH_SUMMAND = ("addmm", "baddbmm")

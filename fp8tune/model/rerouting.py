@@ -38,8 +38,8 @@ _CASTS = (
     torch.Tensor.contiguous,
 )
 
-# What a grouped GEMM is called as: torch's function, which F.grouped_mm calls too, and
-# since Transformers 5 an operator of its own.
+# What a grouped GEMM is called as: torch's function, which F.grouped_mm calls too, and the
+# operators that stand in for it where a compiler refuses float32.
 _GROUPED: list[Any] = [torch._grouped_mm]  # noqa: SLF001  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
@@ -207,6 +207,15 @@ def _let_compiled_calls_be_seen() -> None:
     listed = _overridable()
     if listed is not None:
         listed.add(_GROUPED[0])
-    operator = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    if operator is not None and operator not in _GROUPED:
-        _GROUPED.extend([operator, operator.default])
+    for operator in _stand_ins():
+        if operator not in _GROUPED:
+            _GROUPED.extend([operator, operator.default])
+
+
+def _stand_ins() -> list[Any]:
+    """Transformers' operator, since its version 5, and the benchmark's, where loaded."""
+    found = (
+        getattr(torch.ops.transformers, "grouped_mm_fallback", None),
+        getattr(torch.ops.fp8tune, "grouped_mm", None),
+    )
+    return [x for x in found if x is not None]

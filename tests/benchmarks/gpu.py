@@ -39,7 +39,7 @@ from fp8tune.timing.clocks import clock_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fp8tune.bench.workloads import Workload
+    from fp8tune.bench.sizes import Workload
     from fp8tune.timing.clock import Clock, Work
 
 ROOT = Path(__file__).parents[2]
