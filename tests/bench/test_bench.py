@@ -16,6 +16,8 @@ from fp8tune.bench.suite import Findings, GpuSuite
 from fp8tune.bench.workloads import WORKLOADS, find_workloads, scaled_down
 from fp8tune.commands.cli import main
 from fp8tune.errors import BenchError
+from fp8tune.model.experts import experts_in
+from fp8tune.model.linears import named_gemms
 from fp8tune.recipes import get_recipe
 from fp8tune.timing.cpu_clock import CpuClock
 
@@ -29,9 +31,8 @@ def shapes(workload):
     with torch.device("meta"):
         model = Model(workload, torch.device("meta"), torch.bfloat16)
     return {
-        name.rsplit(".", 1)[-1]: (x.in_features, x.out_features)
-        for name, x in model.named_modules()
-        if isinstance(x, torch.nn.Linear)
+        name.rsplit(".", 1)[-1]: (x.in_features, x.out_features, experts_in(x))
+        for name, x in named_gemms(model)
     }
 
 
@@ -50,6 +51,57 @@ def shapes(workload):
 )
 def test_sizes_are_the_published_ones(label, expected):
     found = shapes(find_workloads([label])[0])
+    assert {name: found[name][:2] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (
+            "mixtral-8x7b",
+            {
+                "wk": (4096, 1024, 0),
+                "gate_up_proj": (4096, 28672, 8),
+                "down_proj": (14336, 4096, 8),
+            },
+        ),
+        (
+            "qwen3-30b-a3b",
+            {
+                "wq": (2048, 4096, 0),
+                "wk": (2048, 512, 0),
+                "gate_up_proj": (2048, 1536, 128),
+                "down_proj": (768, 2048, 128),
+            },
+        ),
+        (
+            "deepseek-v3-ep8",
+            {
+                "q_a": (7168, 1536, 0),
+                "q_b": (1536, 24576, 0),
+                "kv_a": (7168, 576, 0),
+                "kv_b": (512, 32768, 0),
+                "wo": (16384, 7168, 0),
+                "gate_up_proj": (7168, 4096, 32),
+                "down_proj": (2048, 7168, 32),
+                "w1": (7168, 2048, 0),
+                "w2": (2048, 7168, 0),
+                "w3": (7168, 2048, 0),
+            },
+        ),
+        (
+            "gpt-oss-20b",
+            {
+                "wq": (2880, 4096, 0),
+                "wo": (4096, 2880, 0),
+                "gate_up_proj": (2880, 5760, 32),
+                "down_proj": (2880, 2880, 32),
+            },
+        ),
+    ],
+)
+def test_sizes_of_experts_are_the_published_ones(label, expected):
+    found = shapes(find_workloads([label])[0])
     assert {name: found[name] for name in expected} == expected
 
 
@@ -64,8 +116,12 @@ def test_scaled_down_keeps_the_proportions(workload):
     small = scaled_down(workload)
     assert 256 <= small.dim <= 2048
     full = shapes(workload)
-    for name, (k, n) in shapes(small).items():
+    assert (small.moe is None) == (workload.moe is None)
+    for name, (k, n, experts) in shapes(small).items():
         assert k % 16 == n % 16 == 0
+        assert experts == full[name][2]
+        if small.latent and name in ("q_b", "kv_a"):  # a head's rotary part keeps 16
+            continue
         assert k * full[name][1] == n * full[name][0]
 
 
@@ -99,8 +155,8 @@ def test_every_workload_runs_on_a_cpu(name, scripted_clock, capsys):
     found = json.loads(text)
     rows = policies(found)
     assert {"all reference", "all converted", "fp8tune", "oracle"} == set(rows)
-    linears = found["workloads"][0]["linears"]
-    assert sorted(rows["all converted"]["converted"]) == sorted(linears)
+    gemms = found["workloads"][0]["gemms"]
+    assert sorted(rows["all converted"]["converted"]) == sorted(gemms)
     assert rows["all reference"]["speedup"]["middle"] == 1
     assert rows["oracle"]["regret"]["middle"] == 1
     assert found["workloads"][0]["rounds"] >= 8
@@ -312,9 +368,9 @@ def test_the_suite_of_costs_is_a_command(monkeypatch, capsys):
 
 
 def test_without_groups_that_are_few_there_is_no_oracle(scripted_clock, monkeypatch):
-    monkeypatch.setattr("fp8tune.bench.policies._MOST_GROUPS", 2)
+    monkeypatch.setattr("fp8tune.bench.policies._MOST_EAGER_GROUPS", 2)
     setting = setting_of(clock=scripted_clock(attention_keys_lose), compiled=False)
     (workload,) = find_workloads(["llama3-8b@2048"])
     outcome = compare_policies(scaled_down(workload), setting)
-    assert "no oracle: more than 2 groups of equal Linears" in outcome.notes
+    assert "no oracle: more than 2 groups of equal GEMMs" in outcome.notes
     assert [x.regret for x in outcome.rows] == [None] * 3
