@@ -155,6 +155,35 @@ def test_training_is_bit_equal_to_calls_rerouted_by_hand():
     assert_same(train(tuned()), train(model(experts=partial(Experts, up_is_low))))
 
 
+@pytest.mark.parametrize(
+    ("offs", "count"),
+    [
+        ((0, 0, T, T), T),
+        ((0, 0, 0, T), T),
+        ((3, 10, 11, T), T),
+        ((0, 1, 1, 1), 1),
+        ((1, 1, 1, 1), 1),
+    ],
+    ids=["empty experts", "all in one", "unaligned", "one row", "one row in the first"],
+)
+def test_training_with_any_routing_is_bit_equal_to_calls_rerouted_by_hand(offs, count):
+    def forward(called):
+        return lambda x: called(x[:count])
+
+    module = model(offs=offs)
+    auto = AutoFloat8(module, "bf16", warmup_steps=1, clock=WorkingClock(only_up))
+    for i in range(2):
+        auto(rows(i)[:count]).square().mean().backward()
+        auto.zero_grad()
+    assert auto.plan.converted_fqns == ["experts.up"]
+    ((signature, _),) = auto.plan["experts.up"].signatures
+    assert signature.shape.m == count
+    by_hand = model(offs=offs, experts=partial(Experts, up_is_low))
+    assert_same(
+        train(module, forward=forward(module)), train(by_hand, forward=forward(by_hand))
+    )
+
+
 def test_keys_parameters_and_classes_stay():
     module = model()
     keys, parameters = list(module.state_dict()), list(module.parameters())
