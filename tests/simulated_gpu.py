@@ -410,6 +410,10 @@ class Work:
         finally:
             memory.allocated -= self.allocates
 
+    @property
+    def works(self) -> list[Work]:
+        return [self]
+
     def _launch(self, index: int) -> None:
         gpu = self.gpu
         main = gpu.streams[index]

@@ -50,8 +50,8 @@ class Sample:
     Attributes:
         device: where it was called; None is where its input is, or its weight.
         finite: False where every input, or every gradient, of training held inf or NaN.
-        offs: of a grouped GEMM, where the rows of each expert ended, shape (E,); None if
-            nobody saw it.
+        routings: of a grouped GEMM, where the rows of each expert ended in several calls,
+            each of shape (E,); that of the tensors first, none if nobody saw one.
     """
 
     signature: Signature
@@ -61,4 +61,4 @@ class Sample:
     weight: torch.Tensor | None = None
     device: torch.device | None = None
     finite: bool = True
-    offs: torch.Tensor | None = None
+    routings: tuple[torch.Tensor, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ from fp8tune.model.sharding import to_local
 from fp8tune.model.transforms import is_wrapped
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
     from fp8tune.decision.records import Shape, Signature
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["KeptTensors"]
 
 logger = logging.getLogger("fp8tune")
+
+# Besides that of the tensors: the last ones, since routing changes while it is learned.
+_MORE_ROUTINGS = 3
 
 
 class KeptTensors:
@@ -38,6 +44,7 @@ class KeptTensors:
         self._grads = Kept(self._budget)
         self._weights = Kept(self._budget)
         self._offs: dict[Shape, torch.Tensor] = {}
+        self._last_offs: dict[Shape, deque[torch.Tensor]] = {}
 
     def keep_input(
         self, shape: Shape, tensor: torch.Tensor, offs: torch.Tensor | None = None
@@ -45,8 +52,12 @@ class KeptTensors:
         """Keep the input of a call, shape (..., K), and where each expert's rows end."""
         kept = self._keep(self._inputs, shape, tensor, offs)
         # Not those of a dry run. They are small, so that the budget does not matter.
-        if type(offs) is torch.Tensor and (kept or shape not in self._offs):
-            self._offs[shape] = offs.detach().clone()
+        if type(offs) is torch.Tensor:
+            copy = offs.detach().clone()
+            if kept or shape not in self._offs:
+                self._offs[shape] = copy
+            last = self._last_offs.setdefault(shape, deque(maxlen=_MORE_ROUTINGS))
+            last.append(copy)
 
     def keep_grad(self, shape: Shape, tensor: torch.Tensor) -> None:
         """Keep the gradient of its output, shape (..., N)."""
@@ -69,8 +80,16 @@ class KeptTensors:
             self._weights.get(of_weight(shape)),
             device,
             finite=self._inputs.is_finite(shape) and self._grads.is_finite(shape),
-            offs=self._offs.get(shape),
+            routings=tuple(self._routings(shape)),
         )
+
+    def _routings(self, shape: Shape) -> Iterator[torch.Tensor]:
+        """Those that differ, that of the kept tensors first."""
+        own = self._offs.get(shape)
+        several = [] if own is None else [own, *self._last_offs[shape]]
+        for i, offs in enumerate(several):
+            if not any(torch.equal(offs, x) for x in several[:i]):
+                yield offs
 
     def release(self) -> None:
         """Let go of the tensors and keep no more of them."""

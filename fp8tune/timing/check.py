@@ -108,7 +108,8 @@ def _sample(layer: Checked, linear: nn.Linear, inputs: Call) -> Sample:
         grad_weight=linear.weight.requires_grad,
     )
     tensor = to_local(inputs.input)
-    return Sample(signature, linear, tensor, None, offs=inputs.offs)
+    routings = () if inputs.offs is None else (inputs.offs,)
+    return Sample(signature, linear, tensor, None, routings=routings)
 
 
 def _worst_db(sample: Sample, recipe: Recipe, budget_bytes: int) -> float | None:

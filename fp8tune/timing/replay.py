@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from fp8tune.model.candidates import Sample
     from fp8tune.recipes.recipe import Recipe
+    from fp8tune.timing.clock import Work
 
     Body = Callable[[nn.Linear, torch.Tensor], torch.Tensor]
 
@@ -99,12 +100,20 @@ class Operands:
         return random_weight(shape, self._generator)
 
     @cached_property
+    def routings(self) -> list[torch.Tensor]:
+        """Where the rows of each expert end, each of shape (E,); of a Linear none.
+
+        As seen in training, that of the tensors first.
+        """
+        seen, shape = self.sample.routings, self.sample.signature.shape
+        if shape.experts and not seen:
+            return [even_routing(shape, self.device)]
+        return [x.to(self.device) for x in seen]
+
+    @property
     def offs(self) -> torch.Tensor:
-        """Shape (E,): where the rows of each expert end, as seen in training."""
-        seen, shape = self.sample.offs, self.sample.signature.shape
-        return (
-            even_routing(shape, self.device) if seen is None else seen.to(self.device)
-        )
+        """The routing of the tensors."""
+        return self.routings[0]
 
     @cached_property
     def bias(self) -> torch.Tensor:
@@ -161,11 +170,23 @@ class Replay:
 
     def __call__(self) -> None:
         """Forward, again if it is recomputed, then the backward that training needs."""
+        self.run()
+
+    def run(self, routing: int = 0) -> None:
+        """The same with another routing of the operands."""
         self.ran = True
+        self._route(routing)
         self._run(self._forward)
+
+    @property
+    def works(self) -> list[Work]:
+        """What is timed: itself, or once with each routing."""
+        number = len(self.operands.routings)
+        return [self, *(_Routed(self, i) for i in range(1, number))]
 
     def results(self) -> Results:
         """What the bare Linear computes; eagerly where it is timed in a context."""
+        self._route(0)
         output, gradients = self._run(self._forward if self._body is _call else _call)
         found = dict(zip(map(id, self._differentiated), gradients, strict=True))
         return Results(
@@ -218,6 +239,11 @@ class Replay:
             self.recipe.convert(gemm)
         return gemm.owner
 
+    def _route(self, routing: int) -> None:
+        if self.operands.routings:
+            linear: Any = self._linear
+            linear.offs = self.operands.routings[routing]
+
     @cached_property
     def _differentiated(self) -> list[torch.Tensor]:
         signature, linear = self.signature, self._linear
@@ -243,6 +269,18 @@ class Replay:
         shape = self.signature.shape
         plain = self.recipe is None and shape.input_dtype != "bfloat16"
         return bool(shape.experts) and plain
+
+
+class _Routed:
+    """A variant with one more of its routings, as work of its own."""
+
+    def __init__(self, replay: Replay, routing: int) -> None:
+        self.signature, self.variant = replay.signature, replay.variant
+        self._replay, self._routing = replay, routing
+
+    def __call__(self) -> None:
+        """See ``Replay.run``."""
+        self._replay.run(self._routing)
 
 
 def _call(linear: nn.Linear, tensor: torch.Tensor) -> torch.Tensor:

@@ -53,10 +53,12 @@ class Rounds:
         """
         first = len(self.times) % 4 == 0
         forth, back = (1, -1) if first else (-1, 1)
-        flat = self._clock.time_ms([*variants[::forth], *variants[::back]])
-        number = len(variants)
+        order = [*variants[::forth], *variants[::back]]
+        flat = self._clock.time_ms([work for x in order for work in x.works])
+        number, routings = len(variants), len(variants[0].works)
 
-        def halves(row: Sequence[float]) -> list[list[float]]:
+        def halves(timed: Sequence[float]) -> list[list[float]]:
+            row = _means(timed, routings)
             return [list(row[:number][::forth]), list(row[number:][::back])][:most]
 
         self.times += halves(flat)
@@ -111,6 +113,12 @@ class Rounds:
 
         places = range(1, len(self.times[0]))
         return [x for x in places if upper_bound(x) < config.min_speedup]
+
+
+def _means(timed: Sequence[float], number: int) -> list[float]:
+    """The mean of each so many neighbours: of one variant with each of its routings."""
+    starts = range(0, len(timed), number)
+    return [sum(timed[i : i + number]) / number for i in starts]
 
 
 def _pressure_us() -> int | None:
