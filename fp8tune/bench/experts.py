@@ -35,7 +35,7 @@ def routes(rows: int, experts: int, top_k: int) -> torch.Tensor:
     return scores.topk(top_k, dim=-1).indices
 
 
-class _Router(nn.Module):
+class Router(nn.Module):
     def __init__(self, workload: Workload, sizes: RoutedExperts) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sizes.experts, workload.dim))
@@ -51,7 +51,7 @@ class _Router(nn.Module):
         return logits.gather(1, self.chosen).softmax(dim=-1)
 
 
-class _Experts(nn.Module):
+class Experts(nn.Module):
     """Gate and up in one grouped GEMM, down in another."""
 
     def __init__(self, workload: Workload, sizes: RoutedExperts) -> None:
@@ -97,8 +97,8 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, workload: Workload, sizes: RoutedExperts) -> None:
         super().__init__()
         self._experts = sizes.experts
-        self.router = _Router(workload, sizes)
-        self.experts = _Experts(workload, sizes)
+        self.router = Router(workload, sizes)
+        self.experts = Experts(workload, sizes)
         self.shared = SwiGLU(workload.dim, sizes.shared) if sizes.shared else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
