@@ -72,7 +72,8 @@ def refuse_experts(plan: Decisions) -> None:
         raise ExportError(
             f"the plan converts {experts[0]!r}, a grouped GEMM of experts ({len(experts)} "
             "in all), and filters of modules or names only know Linears; use "
-            "plan.apply(model), or tune with filter_fqns that leaves the experts out"
+            "plan.apply(model), export to torchao, or tune with filter_fqns that leaves the "
+            "experts out"
         )
 
 

@@ -2,7 +2,8 @@
 
 What the targets take:
 
-- torchao and accelerate call a filter function for each Linear;
+- torchao and accelerate call a filter function for each Linear; for experts and mxfp8
+  torchao takes the names of Parameters, see ``fp8tune.plan.quantize``;
 - torchtitan's ``Float8LinearConverter`` and NeMo Automodel's ``FP8Config`` take
   ``filter_fqns`` and skip each Linear whose name contains one of these substrings, so
   that ``layers.1`` also skips ``layers.10``;
@@ -27,6 +28,7 @@ from fp8tune.plan.excludes import (
     refuse_experts,
     substring_excludes,
 )
+from fp8tune.plan.quantize import MX_RECIPES, converted_experts, quantize_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,8 +62,9 @@ def export_lines(plan: Plan, target: str) -> list[str]:
             f"unknown target {target!r}; choose one of {', '.join(sorted(TARGETS))}"
         )
     recipes, write = TARGETS[target]
-    refuse_experts(plan)
     recipe = single_recipe(plan)
+    if target not in _TAKE_EXPERTS:
+        refuse_experts(plan)
     known = base_of(recipe) if target in _TAKE_PARTS else recipe
     if known not in recipes:
         raise ExportError(
@@ -92,6 +95,20 @@ def _is_float8(decision: Decision) -> bool:
 
 
 def _torchao(plan: Plan, recipe: str) -> list[str]:
+    if recipe in MX_RECIPES:
+        return quantize_lines(plan, recipe)
+    experts = converted_experts(plan)
+    if not experts:
+        return _float8_linears(plan, recipe)
+    linears = len(experts) < len(plan.converted_fqns)
+    return [
+        *(_float8_linears(plan, recipe) if linears else []),
+        *([""] if linears else []),
+        *quantize_lines(plan, recipe),
+    ]
+
+
+def _float8_linears(plan: Plan, recipe: str) -> list[str]:
     return [
         "from dataclasses import replace",
         "",
@@ -117,9 +134,11 @@ def _accelerate(plan: Plan, recipe: str) -> list[str]:
 
 
 def _filter_function(plan: Plan, recipe: str) -> list[str]:
+    experts = set(converted_experts(plan))
+    linears = [x for x in plan.converted_fqns if x not in experts]
     return [
         "FLOAT8_FQNS = {",
-        *(f"    {json.dumps(fqn)}," for fqn in plan.converted_fqns),
+        *(f"    {json.dumps(fqn)}," for fqn in linears),
         "}",
         "",
         "",
@@ -204,10 +223,13 @@ def _listed(name: str, values: Sequence[str]) -> list[str]:
 # Those that take torchao's config, in which each GEMM can be switched off.
 _TAKE_PARTS = ("torchao", "accelerate")
 
+# Those that can name Parameters, not only modules.
+_TAKE_EXPERTS = ("torchao",)
+
 _ALL_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 
 TARGETS: dict[str, tuple[tuple[str, ...], Callable[[Plan, str], list[str]]]] = {
-    "torchao": (_ALL_RECIPES, _torchao),
+    "torchao": ((*_ALL_RECIPES, *MX_RECIPES), _torchao),
     "accelerate": (_ALL_RECIPES, _accelerate),
     "torchtitan": (("rowwise", "rowwise_with_gw_hp"), _torchtitan),
     "automodel": (_ALL_RECIPES, _automodel),

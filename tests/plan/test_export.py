@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,17 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
+from torch.nn import functional as F
 from torchao.float8.float8_linear import Float8Linear
 
 from fp8tune.decision.reasons import Reason
-from fp8tune.decision.records import Decision, Verdict
+from fp8tune.decision.records import Decision, Shape, Signature, Verdict
 from fp8tune.errors import ExportError, PlanMismatchError
 from fp8tune.plan.cover import smallest_cover
 from fp8tune.plan.export import TARGETS, export_lines
 from fp8tune.plan.plan import Plan
+from fp8tune.plan.quantize import MX_RECIPES
+from tests.helpers import needs_mxfp8
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -444,3 +448,128 @@ class TestMegatron:
         assert self.chosen(text, list(wanted)) == {
             x: "converted" if yes else "reference" for x, yes in wanted.items()
         }
+
+
+E, K, N = 4, 64, 96
+
+
+class Experts(nn.Module):
+    """Two grouped GEMMs and a router below them, of which nothing is to be swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(E, N, K) / 8)
+        self.down = nn.Parameter(torch.randn(E, K, N) / 8)
+        self.router = nn.Linear(K, E, bias=False)
+
+    def forward(self, x: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        hidden = F.grouped_mm(x, self.up.transpose(-2, -1), offs=offs)
+        return F.grouped_mm(hidden, self.down.transpose(-2, -1), offs=offs)
+
+
+class Mixture(nn.Module):
+    """A Linear before experts whose groups are not aligned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(K, K, bias=False)
+        self.experts = Experts()
+        self.bfloat16()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        offs = torch.tensor([3, 3, 20, len(x)], dtype=torch.int32)
+        return self.experts(self.first(x), offs)
+
+
+def mixture_plan(recipe: str, *, transposed: bool = False, bias: bool = False) -> Plan:
+    def decided(fqn: str, k: int, n: int, experts: int, verdict: Verdict) -> Decision:
+        shape = Shape(64, k, n, "bfloat16", "bfloat16", None, bias and not experts)
+        shape = replace(shape, experts=experts, transposed=transposed and experts > 0)
+        signature = Signature(shape, True, True, False)
+        reason = Reason.FASTER if verdict is Verdict.CONVERTED else Reason.SLOWER
+        name = recipe if verdict is Verdict.CONVERTED else None
+        return Decision(
+            fqn,
+            k,
+            n,
+            verdict,
+            reason,
+            recipe=name,
+            experts=experts,
+            signatures=((signature, 1),),
+        )
+
+    yes, no = Verdict.CONVERTED, Verdict.REFERENCE
+    decisions = (
+        decided("first", K, K, 0, yes),
+        decided("experts.up", K, N, E, yes),
+        decided("experts.down", N, K, E, no),
+        decided("experts.router", K, E, 0, no),
+    )
+    return Plan(decisions, recipe, "bfloat16", False, "eager", ())
+
+
+def swapped(model: nn.Module) -> list[str]:
+    named = model.named_parameters()
+    return [x for x, y in named if type(y.data) not in (torch.Tensor, nn.Parameter)]
+
+
+class TestExperts:
+    @needs_mxfp8
+    @pytest.mark.parametrize("recipe", MX_RECIPES)
+    def test_mxfp8_computes_what_the_plan_applied_does(self, recipe: str) -> None:
+        plan = mixture_plan(recipe)
+        theirs, ours = Mixture(), Mixture()
+        names: dict[str, Any] = {"model": theirs}
+        exec("\n".join(export_lines(plan, "torchao")), names)  # noqa: S102
+        assert swapped(theirs) == ["first.weight", "experts.up"]
+        config = names["config"]
+        config.kernel_preference = type(config.kernel_preference).EMULATED
+        plan.apply(ours)
+        x = torch.randn(64, K, dtype=torch.bfloat16)
+        assert torch.equal(ours(x), theirs(x))
+        assert not torch.equal(ours(x), Mixture()(x))
+
+    def test_rowwise_converts_linears_and_swaps_experts(self) -> None:
+        """That torchao pads nothing here is said."""
+        model = Mixture()
+        lines = export_lines(mixture_plan("rowwise"), "torchao")
+        assert any("rows of each expert must be multiples of 16" in x for x in lines)
+        exec("\n".join(lines), {"model": model})  # noqa: S102
+        assert converted(model) == ["first"]
+        assert swapped(model) == ["experts.up"]
+
+    def test_experts_alone(self) -> None:
+        plan = mixture_plan("rowwise")
+        plan = replace(plan, decisions=plan.decisions[1:])
+        lines = export_lines(plan, "torchao")
+        assert not any("convert_to_float8_training" in x for x in lines)
+        assert lines[-1] == "quantize_(model, FqnToConfig(configs), filter_fn=None)"
+
+    def test_what_torchao_would_compute_otherwise_is_refused(self) -> None:
+        with pytest.raises(ExportError, match=r"'first', a Linear with a bias, which"):
+            export_lines(mixture_plan("mxfp8_rceil", bias=True), "torchao")
+        with pytest.raises(ExportError, match=r"'experts\.up', experts whose matrices"):
+            export_lines(mixture_plan("rowwise", transposed=True), "torchao")
+
+    @needs_mxfp8
+    def test_torchao_still_leaves_out_the_bias(self) -> None:
+        """The day that it does not, a plan with one need not be refused."""
+        linear = nn.Linear(K, K)
+        expected = linear(torch.zeros(32, K))
+        lines = export_lines(mixture_plan("mxfp8_rceil"), "torchao")
+        model = nn.ModuleDict({"first": linear, "experts": Experts()})
+        names: dict[str, Any] = {"model": model}
+        exec("\n".join(lines), names)  # noqa: S102
+        config = names["config"]
+        config.kernel_preference = type(config.kernel_preference).EMULATED
+        assert expected.any()
+        assert not linear(torch.zeros(32, K)).any()
+
+    @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"torchao"}))
+    def test_other_targets_say_that_they_know_modules_alone(self, target: str) -> None:
+        with pytest.raises(
+            ExportError, match=r"'experts\.up', a grouped GEMM of expert"
+        ):
+            export_lines(mixture_plan("rowwise"), target)

@@ -28,7 +28,7 @@ from fp8tune import (
 )
 from fp8tune.decision.records import REFERENCE
 from fp8tune.model.linears import named_gemms
-from fp8tune.plan.export import export_lines
+from fp8tune.plan.export import TARGETS, export_lines
 from fp8tune.recipes import BFloat16Linear, get_recipe
 from fp8tune.recipes.bf16 import BFloat16Experts
 from tests.conftest import ScriptedClock, WorkingClock
@@ -421,11 +421,18 @@ def test_a_plan_from_before_experts_were_tuned_leaves_them_alone():
     assert type(whole.experts) is Experts
 
 
-@pytest.mark.parametrize("target", ["torchao", "torchtitan", "olmo", "megatron"])
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"torchao"}))
 def test_an_export_says_that_it_cannot_express_experts(target):
     plan = tuned().plan
-    with pytest.raises(ExportError, match=r"converts 'experts\.up', a grouped GEMM"):
+    with pytest.raises(ExportError, match=r"'experts\.up', a grouped GEMM.*to torchao"):
         export_lines(plan, target)
+
+
+def test_torchao_has_no_bfloat16_in_a_float32_model():
+    with pytest.raises(
+        ExportError, match=r"recipe 'bf16', and torchao knows tensorwis"
+    ):
+        export_lines(tuned().plan, "torchao")
 
 
 def test_experts_that_stay_need_no_word_in_an_export():
