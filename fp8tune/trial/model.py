@@ -45,6 +45,9 @@ _CONTEXT = 0.005
 _CONTEXT_PART = 0.3
 _SHARED, _SHARED_SPREAD = 0.002, 0.008
 _PAIR = 0.003
+# What all roles are off by alike, each: layers alone pay for launches and casts that the
+# whole model fuses, or hides, or the other way round.
+_ALIKE = 0.01
 _PLAN = 0.0008
 
 # Noise of a step before any was seen, and how many steps that counts for.
@@ -91,13 +94,12 @@ class _Prior:
 
     def covariance(self, a: Mask, b: Mask) -> float:
         both = a & b
-        if not both:
-            return 0.0
         roles = sum(v for i, (_, v) in enumerate(self.roles) if both >> i & 1)
         shared = sum(_sharing(a & x) * _sharing(b & x) for x in self.families)
-        pairs = math.comb(both.bit_count(), 2)
-        known = self.wide * (roles + _SHARED_SPREAD**2 * shared + _PAIR**2 * pairs)
-        return known + (_PLAN**2 if a == b else 0.0)
+        known = roles + _SHARED_SPREAD**2 * shared
+        known += _ALIKE**2 * a.bit_count() * b.bit_count()
+        known += _PAIR**2 * math.comb(both.bit_count(), 2)
+        return self.wide * known + (_PLAN**2 if a == b else 0.0)
 
 
 def _sharing(siblings: Mask) -> int:

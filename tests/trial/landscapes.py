@@ -97,6 +97,24 @@ def landscape(seed: int, *, cliff: bool | None = None, error: float = 1.0) -> La
     )
 
 
+def fused_block(error: float) -> Landscape:
+    """A small block whose layers all lose alone, and of which four of five gain together.
+
+    All converted takes 1.437 ms, all but wo 1.338 ms, nothing converted 1.430 ms:
+    torchtitan's debug model at M = 8, compiled, recipe bf16, on an AMD EPYC.
+
+    Args:
+        error: what each loses more alone than in the model, in percent of a step.
+    """
+    gains = {"wqkv": 1.4, "wo": -6.9, "w1": 1.5, "w2": 1.5, "w3": 1.5}
+    families = {"wqkv": "attention", "wo": "attention", "w1": "input", "w3": "input"}
+    roles = [
+        Role(name=x, fqns=(x,), family=families.get(x, "hidden"), gain_ms=gain - error)
+        for x, gain in gains.items()
+    ]
+    return Landscape(roles, TrialPlan(), gains, {"input": 0.5}, {}, None)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a search ended; regret and the rest as parts of a step."""

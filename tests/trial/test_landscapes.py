@@ -6,7 +6,7 @@ from statistics import mean
 
 import pytest
 
-from tests.trial.landscapes import Ended, landscape, run
+from tests.trial.landscapes import Ended, fused_block, landscape, run
 
 SEEDS, FEW_SEEDS = range(40), range(24)
 
@@ -52,6 +52,17 @@ def test_a_cliff_is_gone_round() -> None:
     """One role costs 2% unless another is converted too."""
     found = [run(landscape(seed, cliff=True), 0.01, seed) for seed in range(12)]
     assert max(x.regret for x in found) <= 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [1.6, 4.0])
+@pytest.mark.parametrize(("noise", "most"), [(0.03, 0.005), (0.08, 0.02)])
+def test_layers_that_all_lose_alone_are_found_to_gain_together(
+    error: float, noise: float, most: float
+) -> None:
+    found = [run(fused_block(error), noise, seed) for seed in range(12)]
+    assert mean(x.regret for x in found) <= most
+    assert max(x.over_reference for x in found) <= 0
 
 
 def test_the_same_steps_give_the_same_plan() -> None:
