@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fp8tune.compiling.cuda_graphs import without_cuda_graphs
+from fp8tune.compiling.vector_isa import prepare_inductor
 from fp8tune.config import Context
 from fp8tune.decision.records import REFERENCE, Shape
 from fp8tune.model.experts import stand_in
@@ -260,6 +261,7 @@ class Replay:
             return self._body
         plain = without_cuda_graphs(self._compile_options)
         options: dict[str, Any] = {"dynamic": False, **plain}
+        prepare_inductor(options, self.device)
         function = _own_function(self._body, self.signature.shape)
         return torch.compile(function, **options)
 

@@ -6,13 +6,15 @@ Blocks are scaled down as ``fp8tune bench`` does on a CPU, and each rank has one
 needs nothing of fp8tune that is newer than AutoFloat8 and the benchmark's blocks, so an
 older commit is measured with PYTHONPATH set to a worktree of it. One line a run: workload,
 how it is timed, state of the cache, seconds from the freeze's begin to its end on the
-slower rank, and the CPU seconds of both ranks' processes meanwhile.
+slower rank, and the CPU seconds of both ranks' processes and of their children meanwhile,
+most of which are the C++ compiler.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -48,12 +50,22 @@ def tune(rank: int, label: str, folder: str, name: str, *, compile: bool) -> Non
     x = torch.randn(1, workload.m, workload.dim)
     DistributedDataParallel(auto)(x).square().mean().backward()
     dist.barrier()
-    began, worked = time.perf_counter(), time.process_time()
+    began, worked, built = time.perf_counter(), time.process_time(), children_s()
     auto.freeze()
-    seconds = time.perf_counter() - began, time.process_time() - worked
+    seconds = (
+        time.perf_counter() - began,
+        time.process_time() - worked,
+        children_s() - built,
+    )
     Path(folder, f"{name}-{rank}.json").write_text(json.dumps(seconds))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def children_s() -> float:
+    """CPU seconds of the children that have ended."""
+    found = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found.ru_utime + found.ru_stime
 
 
 def start(rank: int, label: str, folder: str, name: str, compile: bool) -> None:
@@ -72,9 +84,9 @@ def main(labels: list[str]) -> None:
                     json.loads(Path(folder, f"{name}-{x}.json").read_text())
                     for x in range(2)
                 ]
-                wall, cpu = zip(*found, strict=True)
+                wall, cpu, children = map(list, zip(*found, strict=True))
                 line = f"{label} {name} {max(wall):.1f} s, CPU {sum(cpu):.1f} s"
-                sys.stdout.write(f"{line}\n")
+                sys.stdout.write(f"{line}, children {sum(children):.1f} s\n")
                 sys.stdout.flush()
 
 
