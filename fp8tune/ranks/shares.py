@@ -93,7 +93,7 @@ def share_of(wishes: Sequence[Wish], rank: int, size: int) -> list[Signature] | 
     Returns:
         Signatures in the order in which to time them; None for all of its own.
     """
-    if len(wishes) < size or not all(x.splits for x in wishes):
+    if not _split(wishes, size):
         return None
     holders: dict[tuple[Kind, Wanted], list[int]] = {}
     for wish in wishes:
@@ -109,6 +109,10 @@ def share_of(wishes: Sequence[Wish], rank: int, size: int) -> list[Signature] | 
         for unit in _part(units, ranks.index(rank), len(ranks))
         for signature, _ in unit
     ]
+
+
+def _split(wishes: Sequence[Wish], size: int) -> bool:
+    return len(wishes) == size and all(x.splits for x in wishes)
 
 
 def _by_kind(wanted: Wanted) -> dict[Kind, Wanted]:
@@ -174,6 +178,13 @@ class Shares:
         if wait:
             return self._ranks.gather(mine, "the end of warmup")
         return self._ranks.tell(mine)
+
+    @property
+    def shared(self) -> bool:
+        """Whether several ranks time parts of the same now; the same on all of them."""
+        wishes, size = self._wishes or (), self._ranks.size
+        together = size > 1 and _split(wishes, size)
+        return together and any(x.wanted for x in wishes)
 
     def over(self) -> None:
         """All is timed; the next call is about something else."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fp8tune.model.candidates import Sample
     from fp8tune.recipes.recipe import Recipe
     from fp8tune.timing.clock import Clock, Work
+    from fp8tune.timing.replay import CompiledBodies
 
 __all__ = ["measure_with_parts"]
 
@@ -42,6 +43,7 @@ def measure_with_parts(
     *,
     release: Callable[[], object] = gc.collect,
     trace: Callable[[Work, Work], None] | None = None,
+    compiled: CompiledBodies | None = None,
 ) -> list[Measurement]:
     """Time one signature; see ``measure_all``, whose arguments these are.
 
@@ -60,8 +62,11 @@ def measure_with_parts(
             compile_options,
             release=release,
             trace=trace,
+            compiled=kept,
         )
 
+    # The reference is compiled once, however many parts it is timed against.
+    kept: CompiledBodies = {} if compiled is None else compiled
     measured = timed(recipes, trace)
     if any(_is_faster(x, config) for x in measured):
         return measured

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fp8tune.model.candidates import Sample
     from fp8tune.recipes.recipe import Recipe
     from fp8tune.timing.clock import Clock, Work
+    from fp8tune.timing.replay import CompiledBodies
 
 __all__ = ["measure", "measure_all"]
 
@@ -71,6 +72,7 @@ def measure_all(
     *,
     release: Callable[[], object] = gc.collect,
     trace: Callable[[Work, Work], None] | None = None,
+    compiled: CompiledBodies | None = None,
 ) -> list[Measurement]:
     """Time one signature; never raises for what happens inside the timed work.
 
@@ -85,6 +87,7 @@ def measure_all(
         release: called when memory ran out, to let go of captured tensors.
         trace: called with the reference and each candidate once they are timed; must
             not raise.
+        compiled: functions that were compiled before, and those compiled now.
 
     Returns:
         The raw times, one record per recipe. A candidate that raises is left out and
@@ -94,9 +97,10 @@ def measure_all(
     """
 
     def attempt(sample: Sample, recipes: Sequence[Recipe]) -> dict[str, Measurement]:
-        race = _Race(sample, recipes, clock, config, compile_options)
+        race = _Race(sample, recipes, clock, config, compile_options, compiled=kept)
         return {x.recipe: x for x in race.run(trace)}
 
+    kept: CompiledBodies = {} if compiled is None else compiled
     sample = take()
     results = attempt(sample, recipes)
     again = [x for x in recipes if results[x.name].failure is Reason.OUT_OF_MEMORY]
@@ -118,16 +122,17 @@ class _Race:
         clock: Clock,
         config: TuneConfig,
         compile_options: Mapping[str, Any] | None,
+        *,
+        compiled: CompiledBodies,
     ) -> None:
         self._sample = sample
         self._clock = clock
         self._config = config
         self._operands = Operands(sample)
-        around = config.context
-        self._reference = Replay(self._operands, None, compile_options, around)
-        self._candidates = [
-            Replay(self._operands, x, compile_options, around) for x in recipes
-        ]
+        self._reference, *self._candidates = (
+            Replay(self._operands, x, compile_options, config.context, compiled)
+            for x in (None, *recipes)
+        )
         # What is known of each candidate besides its times.
         self._known = {
             x.variant: Measurement(sample.signature, x.variant)

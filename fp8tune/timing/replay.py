@@ -32,13 +32,17 @@ from fp8tune.timing.synthetic import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from fp8tune.decision.records import Signature
     from fp8tune.model.candidates import Sample
     from fp8tune.recipes.recipe import Recipe
     from fp8tune.timing.clock import Work
 
     Body = Callable[[nn.Linear, torch.Tensor], torch.Tensor]
+    # By signature and variant. Dynamo's guards hold for every stand-in of a signature, so
+    # what was compiled for one of them runs with the tensors of the next.
+    CompiledBodies = dict[tuple[Signature, str], Body]
 
-__all__ = ["Operands", "Replay", "Results"]
+__all__ = ["CompiledBodies", "Operands", "Replay", "Results"]
 
 
 class Operands:
@@ -144,6 +148,7 @@ class Replay:
         recipe: what the Linear is converted to; None is the reference.
         compile_options: keyword arguments of torch.compile, or None for eager.
         context: what surrounds the Linear while it is timed.
+        compiled: functions that were compiled before, and those compiled now.
 
     Attributes:
         ran: whether any clock has really run it; a scripted one never does.
@@ -155,6 +160,7 @@ class Replay:
         recipe: Recipe | None,
         compile_options: Mapping[str, Any] | None,
         context: Context = Context.LINEAR,
+        compiled: CompiledBodies | None = None,
     ) -> None:
         self.signature = operands.sample.signature
         self.variant = recipe.name if recipe else REFERENCE
@@ -163,6 +169,7 @@ class Replay:
         self.ran = False
         self._compile_options = compile_options
         self._body = _IN_CONTEXT[context]
+        self._compiled = {} if compiled is None else compiled
 
     @property
     def device(self) -> torch.device:
@@ -259,11 +266,15 @@ class Replay:
     def _forward(self) -> Body:
         if self._compile_options is None or self._is_opaque:
             return self._body
-        plain = without_cuda_graphs(self._compile_options)
-        options: dict[str, Any] = {"dynamic": False, **plain}
-        prepare_inductor(options, self.device)
-        function = _own_function(self._body, self.signature.shape)
-        return torch.compile(function, **options)
+        key = self.signature, self.variant
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(self._compile_options)
+        return self._compiled[key]
+
+    def _compile(self, options: Mapping[str, Any]) -> Body:
+        plain: dict[str, Any] = {"dynamic": False, **without_cuda_graphs(options)}
+        prepare_inductor(plain, self.device)
+        return torch.compile(_own_function(self._body, self.signature.shape), **plain)
 
     @property
     def _is_opaque(self) -> bool:

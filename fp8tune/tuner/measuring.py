@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fp8tune.decision.kinds import kind_of
@@ -11,7 +12,7 @@ from fp8tune.ranks.consensus import RankTable
 from fp8tune.ranks.shares import Shares
 from fp8tune.report.messages import expected_line, share_line
 from fp8tune.store.tables import table_for
-from fp8tune.timing.signatures import time_signatures
+from fp8tune.timing.signatures import compile_signatures, time_signatures
 from fp8tune.tuner.cached import from_cache
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fp8tune.recipes.registry import Recipes
     from fp8tune.store.cache import Key
     from fp8tune.store.shared_cache import SharedCache
+    from fp8tune.timing.replay import CompiledBodies
     from fp8tune.tuner.options import Options
 
 __all__ = ["Measuring"]
@@ -90,11 +92,15 @@ class Measuring:
         )
         if self._options.ranks.first:
             self._say_shares(len(mine), len(missing), len(skipped))
+        compiled: CompiledBodies = {}
+        if self._shares.shared and self._compile_options is not None:
+            compile_mine = partial(self._compile, capture, mine, compiled)
+            self._options.ranks.meet(compile_mine, "the end of compiling")
         expected = [y for x in {kind_of(z) for z in skipped} for y in clear.get(x, ())]
         found = self._options.ranks.meet(
             lambda: RankTable(
                 layers,
-                self._measure(layers, capture, known, mine),
+                self._measure(layers, capture, known, mine, compiled),
                 capture.coverage,
                 capture.uncounted,
                 tuple(sorted(expected)),
@@ -131,17 +137,36 @@ class Measuring:
         if mine < timed:
             logger.info("%s", share_line(mine, timed))
 
+    def _compile(
+        self,
+        capture: Capture,
+        wanted: Mapping[Signature, Sequence[Recipe]],
+        compiled: CompiledBodies,
+    ) -> None:
+        assert self._compile_options is not None
+        compile_signatures(
+            wanted,
+            capture,
+            self._options.config,
+            device=self._device,
+            clock=self._options.clock,
+            compile_options=self._compile_options,
+            compiled=compiled,
+            shown=self._options.ranks.first,
+        )
+
     def _measure(
         self,
         layers: tuple[Layer, ...],
         capture: Capture,
         known: Sequence[Measurement],
         wanted: Mapping[Signature, Sequence[Recipe]],
+        compiled: CompiledBodies,
     ) -> tuple[Measurement, ...]:
         """What the cache knows, and what is wanted, timed. No collective."""
         results = list(known)
         try:
-            results += self._time(layers, capture, wanted)
+            results += self._time(layers, capture, wanted, compiled)
         except KeyboardInterrupt:
             # What was timed so far need not be timed again.
             if self._options.ranks.size == 1:
@@ -154,6 +179,7 @@ class Measuring:
         layers: Sequence[Layer],
         capture: Capture,
         wanted: Mapping[Signature, Sequence[Recipe]],
+        compiled: CompiledBodies,
     ) -> Iterator[Measurement]:
         return time_signatures(
             wanted,
@@ -163,5 +189,6 @@ class Measuring:
             layers=layers,
             clock=self._options.clock,
             compile_options=self._compile_options,
+            compiled=compiled,
             shown=self._options.ranks.first,
         )
