@@ -36,6 +36,8 @@ def routes(rows: int, experts: int, top_k: int) -> torch.Tensor:
 
 
 class Router(nn.Module):
+    """Weighs the experts of each row, which are drawn beforehand."""
+
     def __init__(self, workload: Workload, sizes: RoutedExperts) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sizes.experts, workload.dim))
