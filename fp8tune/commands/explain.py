@@ -117,7 +117,7 @@ def _opening(layer: Layer, decision: Decision) -> list[str]:
     weight = f"a {layer.weight_dtype} weight that {gradient}"
     return [
         f"{name_of(layer.fqn)} {what}: {decision.reason.sentence}.",
-        f"It has K = {layer.k} inputs and N = {layer.n} outputs, and {weight}.",
+        f"It has K = {decision.k} inputs and N = {decision.n} outputs, and {weight}.",
     ]
 
 

@@ -88,8 +88,7 @@ def _decide_layer(
     variants = [_compared(x, chosen, config) for x in tried]
     return Decision(
         layer.fqn,
-        layer.k,
-        layer.n,
+        *_whole_sizes(layer),
         Verdict.CONVERTED if chosen else Verdict.REFERENCE,
         shown.reason,
         recipe=shown.recipe if chosen else None,
@@ -136,11 +135,21 @@ def reference_of(layer: Layer) -> Decision:
     return _reference(layer, layer.reason or Reason.NOT_MEASURED)
 
 
+def _whole_sizes(layer: Layer) -> tuple[int, int]:
+    """K and N, which of experts only their calls tell.
+
+    A rank may multiply a part of one of them, and then has the whole of the other.
+    """
+    shape = layer.calls[0][0].shape if layer.experts and layer.calls else None
+    if shape is None or shape.k == layer.k or shape.n == layer.n:
+        return layer.k, layer.n
+    return layer.n, layer.k
+
+
 def _reference(layer: Layer, reason: Reason) -> Decision:
     return Decision(
         layer.fqn,
-        layer.k,
-        layer.n,
+        *_whole_sizes(layer),
         Verdict.REFERENCE,
         reason,
         signatures=layer.calls,

@@ -75,6 +75,9 @@ class GroupedLinear(nn.Linear):
         """How many there are on all ranks."""
         return self.weight.shape[0]
 
+    # Only a call tells which of its sizes is K. What follows is as the owner says it, so
+    # that a layer that was not called yet can be named; verdicts have what calls had.
+
     @property
     def transposed(self) -> bool:
         """Whether the owner says that its matrices are (K, N)."""

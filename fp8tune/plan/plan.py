@@ -37,6 +37,9 @@ logger = logging.getLogger("fp8tune")
 
 _FORMAT = "fp8tune-plan"
 
+# What they are called, and what they are.
+_Sizes = tuple[str, tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class Plan(Decisions):
@@ -200,7 +203,7 @@ class Plan(Decisions):
         problems += [
             f"{fqn} has {found[fqn][0]} = {found[fqn][1]}, in the plan {planned[fqn][1]}"
             for fqn in planned.keys() & found.keys()
-            if planned[fqn] != found[fqn]
+            if not _are_alike(planned[fqn], found[fqn])
         ]
         problems += [
             f"{fqn} is a {type(linears[fqn]).__name__}, not a plain nn.Linear: "
@@ -267,5 +270,12 @@ class Plan(Decisions):
         return decode(cls, upgraded(data.get("plan"), data.get("version")), "plan")
 
 
-def _sizes(experts: int, k: int, n: int) -> tuple[str, tuple[int, ...]]:
+def _are_alike(planned: _Sizes, found: _Sizes) -> bool:
+    """Of experts that are not called yet nobody knows which size is K."""
+    name, (first, *matrix) = found
+    exchanged = (name, (first, *reversed(matrix)))
+    return planned == found or (len(matrix) > 1 and planned == exchanged)
+
+
+def _sizes(experts: int, k: int, n: int) -> _Sizes:
     return ("E, K, N", (experts, k, n)) if experts else ("K, N", (k, n))

@@ -181,4 +181,12 @@ def _padded_linear() -> type[nn.Linear]:
             )
             return on_padded_rows(self, input, BLOCK, gemm)
 
+    PaddedMXFP8Linear.__qualname__ = PaddedMXFP8Linear.__name__
     return PaddedMXFP8Linear
+
+
+def __getattr__(name: str) -> Any:
+    """The class by its name, as pickle looks it up."""
+    if name == "PaddedMXFP8Linear":
+        return _padded_linear()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,13 +26,14 @@ from fp8tune import (
     TuneConfig,
     plan_ahead,
 )
-from fp8tune.decision.records import REFERENCE
+from fp8tune.decision.decide import reference_of
+from fp8tune.decision.records import REFERENCE, Layer
 from fp8tune.model.linears import named_gemms
 from fp8tune.plan.export import TARGETS, export_lines
 from fp8tune.recipes import BFloat16Linear, get_recipe
 from fp8tune.recipes.bf16 import BFloat16Experts
 from tests.conftest import ScriptedClock, WorkingClock
-from tests.helpers import all_faster, graph_texts, hooks_of
+from tests.helpers import all_faster, graph_texts, hooks_of, signature
 
 E, K, N, T = 4, 16, 32, 24
 
@@ -455,11 +456,14 @@ def test_a_later_run_is_decided_by_the_cache(tmp_path, silent_clock):
     assert again.phase == "frozen"
 
 
-def test_matrices_that_lie_the_other_way_round():
+@pytest.mark.parametrize("says", [True, False])
+def test_matrices_that_lie_the_other_way_round(says, tmp_path):
+    """Which size is K is what was multiplied, whether the owner says it or not."""
+
     class Transposed(Experts):
         """(E, K, N), as in gpt-oss."""
 
-        is_transposed = True
+        is_transposed = says
 
         def __init__(self):
             super().__init__()
@@ -470,11 +474,30 @@ def test_matrices_that_lie_the_other_way_round():
             hidden = F.silu(F.grouped_mm(x, self.up, offs=offs))
             return F.grouped_mm(hidden, self.down, offs=offs)
 
-    auto = tuned(model(experts=Transposed), clock=WorkingClock(only_up))
-    up = auto.plan["experts.up"]
+    cache = {"cache": tmp_path / "cache.json"}
+    auto = tuned(model(experts=Transposed), clock=WorkingClock(only_up), **cache)
+    up, down = auto.plan["experts.up"], auto.plan["experts.down"]
     assert (up.k, up.n, up.signatures[0][0].shape.transposed) == (K, N, True)
+    assert (down.k, down.n, down.experts) == (N, K, E)
     assert auto.plan.converted_fqns == ["experts.up"]
     assert up.sqnr_db > 40
+    other = model(experts=Transposed)  # which nobody has called
+    auto.plan.apply(other)
+    assert torch.equal(other(rows()), auto(rows()))
+    again = AutoFloat8(model(experts=Transposed), "bf16", **cache)
+    assert again.plan.decisions == auto.plan.decisions
+
+
+def test_a_tensor_parallel_part_of_a_matrix_tells_its_order_too():
+    part = replace(signature(T, K, N // 4).shape, experts=E)
+    calls = ((replace(signature(T, K, N // 4), shape=part), 1),)
+    named = Layer("up", N, K, "float32", True, Reason.FILTERED_BY_NAME, calls, (), E)
+    decision = reference_of(named)
+    assert (decision.k, decision.n, decision.experts) == (K, N, E)
+    other = reference_of(replace(named, k=K, n=N))
+    assert (other.k, other.n) == (K, N)
+    never = reference_of(replace(named, calls=()))
+    assert (never.k, never.n) == (N, K)  # as the owner says it
 
 
 def test_weights_that_are_cast_before_each_call():
