@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["listed_by_cpu", "prepare_inductor"]
+
+logger = logging.getLogger("fp8tune")
 
 _INDUCTOR = "inductor"
 _SETS = "torch._inductor.cpu_vec_isa"
@@ -47,8 +50,9 @@ def _try_instruction_sets() -> None:
     with ThreadPoolExecutor(max(1, len(listed)), "fp8tune") as threads:
         answers = [threads.submit(bool, x) for x in listed]
         importlib.import_module("torch._inductor.compile_fx")
-    for answer in answers:
-        answer.result()
+    for error in filter(None, (x.exception() for x in answers)):
+        # Such as no compiler. Whoever needs the answer asks again, and is told.
+        logger.debug("trying an instruction set failed", exc_info=error)
 
 
 def listed_by_cpu() -> list[Any]:

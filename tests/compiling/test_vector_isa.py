@@ -43,8 +43,8 @@ needs_x86 = pytest.mark.skipif(
 )
 
 
-def output_of(code: str, *arguments: str, cache: Path) -> list[str]:
-    variables = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+def output_of(code: str, *arguments: str, cache: Path, **also: str) -> list[str]:
+    variables = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(cache), **also}
     found = subprocess.run(  # noqa: S603 - our own interpreter
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, **variables},
@@ -75,3 +75,25 @@ def test_nothing_is_asked_where_inductor_compiles_nothing_for_a_cpu(
     backend: str, device: str, tmp_path: Path
 ) -> None:
     assert output_of(_SAY_IF_ASKED, backend, device, cache=tmp_path) == ["False"]
+
+
+_PREPARE_AND_COMPILE = """
+import logging
+import torch
+from fp8tune.compiling.vector_isa import prepare_inductor
+
+logging.getLogger("fp8tune").setLevel(logging.DEBUG)
+logging.getLogger("fp8tune").addHandler(logging.StreamHandler())
+prepare_inductor({}, torch.device("cpu"))
+print("prepared")
+try:
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@needs_x86
+def test_without_a_compiler_it_is_inductor_that_says_so(tmp_path: Path) -> None:
+    found = output_of(_PREPARE_AND_COMPILE, cache=tmp_path, CXX="no-such-compiler")
+    assert found == ["prepared", "InductorError"]
