@@ -30,6 +30,15 @@ SCRIPT = "tests.integrations.torchtitan_on_cpu"
 CONVERTED = ("feed_forward.w1", "feed_forward.w3", "attention.qkv_linear.wqkv")
 
 
+@pytest.fixture(autouse=True)
+def _inductor_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchtitan's rowwise converter sets this for the whole process."""
+    config = torch._inductor.config
+    monkeypatch.setattr(
+        config, "emulate_precision_casts", config.emulate_precision_casts
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both runs of the example left their results."""
