@@ -69,6 +69,9 @@ PLACES = {
     "_to_mxfp8_then_scaled_mm": (
         "torchao.prototype.moe_training.mxfp8_linear _to_mxfp8_then_scaled_mm"
     ),
+    "_top_saved_tensors_default_hooks": (
+        "torch _C._autograd._top_saved_tensors_default_hooks"
+    ),
     "_version": "torch nn.Parameter()._version",
     "torch._dynamo.config": "torch._dynamo config.recompile_limit",
     "torch._dynamo.convert_frame": "torch._dynamo.convert_frame register_bytecode_hook",

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from fp8tune.model.experts import GroupedLinear, where_kept
+from fp8tune.model.recomputing import packing_hooks, repeat_within
 from fp8tune.model.sharding import rebase, rebase_subclass, to_local
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ class _Mode(TorchFunctionMode):
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
+        self.owner = owner
+        self.packing = packing_hooks()
         routes: dict[str, GroupedLinear] = owner.__dict__.get(where_kept, {})
         self.known = [(getattr(owner, name), x) for name, x in routes.items()]
 
@@ -163,6 +166,7 @@ class _Mode(TorchFunctionMode):
             offs = args[2] if len(args) > 2 else kwargs.get("offs")
             plain = kwargs.get("bias") is None and kwargs.get("out_dtype") is None
             if gemm is not None and offs is not None and plain and len(args) <= 3:
+                repeat_within(self.packing, functools.partial(_Mode, self.owner))
                 return gemm(args[0], args[1], offs, func)
         return func(*args, **kwargs)
 

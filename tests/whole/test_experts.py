@@ -7,6 +7,7 @@ import pickle
 import re
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -326,6 +327,58 @@ def test_checkpointing(reentrant):
     by_hand = model(experts=partial(Experts, up_is_low))
     assert_same(
         train(module, forward=forward(module)), train(by_hand, forward=forward(by_hand))
+    )
+
+
+class Checkpointed(Experts):
+    """Checkpoints a part of its own forward: a method, or a function without a name."""
+
+    part = "method"
+    kwargs: ClassVar = {"use_reentrant": False}
+
+    def inner(self, x, offs):
+        hidden = F.silu(self.how(x, self.up.transpose(-2, -1), offs=offs))
+        return self.how(hidden, self.down.mT, offs=offs)
+
+    def forward(self, x, offs):
+        part = self.inner if self.part == "method" else lambda x: self.inner(x, offs)
+        arguments = (x, offs) if self.part == "method" else (x,)
+        return checkpoint(part, *arguments, **self.kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"early_stop": False}])
+@pytest.mark.parametrize("part", ["method", "lambda"])
+def test_checkpointing_inside_of_the_modules_own_forward(options, part):
+    """What backward repeats is rerouted too, else torch finds other tensors and raises."""
+
+    class Kind(Checkpointed):
+        pass
+
+    Kind.part, Kind.kwargs = part, {"use_reentrant": False, **options}
+    auto = tuned(model(experts=Kind))
+    assert auto.plan.converted_fqns == ["experts.up"]
+    assert auto.plan["experts.up"].signatures[0][0].recompute
+    by_hand = model(experts=partial(Kind, up_is_low))
+    assert_same(train(auto), train(by_hand))
+
+
+def test_both_checkpoints_of_one_forward_are_repeated():
+    class Twice(Checkpointed):
+        def forward(self, x, offs):
+            return super().forward(x, offs) + super().forward(2 * x, offs)
+
+    auto = tuned(model(experts=Twice))
+    assert_same(train(auto), train(model(experts=partial(Twice, up_is_low))))
+
+
+def test_a_checkpoint_inside_of_a_checkpoint_around_the_module():
+    def forward(called):
+        return lambda x: checkpoint(called, x, use_reentrant=False)
+
+    auto = tuned(model(experts=Checkpointed))
+    by_hand = model(experts=partial(Checkpointed, up_is_low))
+    assert_same(
+        train(auto, forward=forward(auto)), train(by_hand, forward=forward(by_hand))
     )
 
 
