@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,6 +22,9 @@ from fp8tune.integrations.torchtitan import plan_converter, profiled
 from fp8tune.model.linears import normalize_fqn
 from fp8tune.plan.export import export_lines
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 # torchtitan needs triton, which is for Linux only.
 titan = pytest.importorskip("torchtitan.models.llama3", exc_type=ImportError)
 quantization = pytest.importorskip("torchtitan.components.quantization")
@@ -31,12 +34,11 @@ CONVERTED = ("feed_forward.w1", "feed_forward.w3", "attention.qkv_linear.wqkv")
 
 
 @pytest.fixture(autouse=True)
-def _inductor_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def _inductor_as_before() -> Iterator[None]:
     """torchtitan's rowwise converter sets this for the whole process."""
-    config = torch._inductor.config
-    monkeypatch.setattr(
-        config, "emulate_precision_casts", config.emulate_precision_casts
-    )
+    before = torch._inductor.config.emulate_precision_casts
+    yield
+    torch._inductor.config.emulate_precision_casts = before
 
 
 @pytest.fixture(scope="module")
