@@ -26,6 +26,7 @@ class Item:
     def __init__(self, variant, run=lambda: None):
         self.variant = variant
         self._run = run
+        self.works = [self]
 
     def __call__(self):
         self._run()
