@@ -27,7 +27,8 @@ from fp8tune.errors import ConfigError
 from fp8tune.model.candidates import Sample
 from fp8tune.recipes.registry import get_recipe
 from fp8tune.timing.cuda_clock import CudaClock
-from fp8tune.timing.replay import Operands, Replay
+from fp8tune.timing.operands import Operands
+from fp8tune.timing.replay import Replay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -17,7 +17,8 @@ from fp8tune.model.sharding import to_local
 from fp8tune.timing.accuracy import accuracy_of, decibels
 from fp8tune.timing.apart import apart
 from fp8tune.timing.casts import noise_of_typical_lines
-from fp8tune.timing.replay import Operands, Replay
+from fp8tune.timing.operands import Operands
+from fp8tune.timing.replay import Replay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

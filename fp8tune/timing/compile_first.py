@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8tune.timing.replay import Operands, Replay
+from fp8tune.timing.operands import Operands
+from fp8tune.timing.replay import Replay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

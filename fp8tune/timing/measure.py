@@ -29,7 +29,8 @@ from fp8tune.decision.records import Measurement
 from fp8tune.model.allocation import is_out_of_memory
 from fp8tune.timing.accuracy import accuracy_of
 from fp8tune.timing.memory import default_capture_bytes, peak_bytes
-from fp8tune.timing.replay import Operands, Replay
+from fp8tune.timing.operands import Operands
+from fp8tune.timing.replay import Replay
 from fp8tune.timing.sampling import Rounds, sample_until_clear
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from fp8tune.model.called import Call, signature_of
 from fp8tune.model.candidates import Sample
 from fp8tune.timing.accuracy import accuracy_of
 from fp8tune.timing.check import Checked, check_accuracy
-from fp8tune.timing.replay import Operands, Replay
+from fp8tune.timing.operands import Operands
+from fp8tune.timing.replay import Replay
 from tests.helpers import TORCHAO_0_17
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from fp8tune.timing import warming
 from fp8tune.timing.clocks import clock_for
 from fp8tune.timing.cpu_clock import CpuClock
 from fp8tune.timing.cuda_clock import CudaClock, block_gpu
-from fp8tune.timing.replay import Operands, Replay
+from fp8tune.timing.operands import Operands
+from fp8tune.timing.replay import Replay
 
 SHAPE = Shape(16, 16, 16, "bfloat16", "bfloat16", None, False)
 SIGNATURE = Signature(SHAPE, grad_input=True, grad_weight=True, grad_bias=False)

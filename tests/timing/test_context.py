@@ -19,7 +19,8 @@ from fp8tune.decision.records import Shape, Signature
 from fp8tune.model.candidates import Sample
 from fp8tune.timing.cpu_clock import CpuClock
 from fp8tune.timing.measure import measure
-from fp8tune.timing.replay import Operands, Replay
+from fp8tune.timing.operands import Operands
+from fp8tune.timing.replay import Replay
 from tests.helpers import all_faster
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from fp8tune.decision.records import REFERENCE, Signature
 from fp8tune.model.candidates import Sample
 from fp8tune.model.experts import stand_in
 from fp8tune.recipes import get_recipe
-from fp8tune.timing.replay import Operands, Replay
+from fp8tune.timing.operands import Operands
+from fp8tune.timing.replay import Replay
 from tests.conftest import ScriptedClock
 from tests.helpers import signature
 

@@ -19,7 +19,7 @@ from fp8tune.model import screen, sharding
 from fp8tune.model.candidates import Sample
 from fp8tune.recipes.bf16 import BFloat16Linear, BFloat16Recipe
 from fp8tune.timing.clocks import clock_for_steps
-from fp8tune.timing.replay import Operands
+from fp8tune.timing.operands import Operands
 from fp8tune.tuner import checks, moving, pipeline
 from tests.helpers import all_faster, hooks_of
 from tests.simulated_gpu import SimulatedGpu
