@@ -52,12 +52,11 @@ def accuracy_of(replay: Replay, budget_bytes: int) -> Accuracy:
         budget_bytes: how much may be allocated besides what the variant itself does.
     """
     cells = max(budget_bytes, _LEAST_BYTES) // 4
-    with _full_precision():
-        compared, peak = _compared(replay, cells)
-        if compared.output_db is not None and _LIMIT < peak < math.inf:
-            # As a loss scaler does when a step overflows, by a power of two.
-            replay.operands.shrink_grad(2.0 ** -math.ceil(math.log2(peak / _LIMIT)))
-            compared, _ = _compared(replay, cells)
+    compared, peak = _compared(replay, cells)
+    if compared.output_db is not None and _LIMIT < peak < math.inf:
+        # As a loss scaler does when a step overflows, by a power of two.
+        replay.operands.shrink_grad(2.0 ** -math.ceil(math.log2(peak / _LIMIT)))
+        compared, _ = _compared(replay, cells)
     return compared
 
 
@@ -68,7 +67,8 @@ def _compared(replay: Replay, cells: int) -> tuple[Accuracy, float]:
     x = operands.input.detach().reshape(-1, shape.k)
     g = operands.grad_output(results.output).detach().reshape(-1, shape.n)
     largest = _largest(replay)
-    with torch.no_grad():
+    # Not around the variant: torch 2.15 would compile it anew.
+    with torch.no_grad(), _full_precision():
         output, grad_input, grad_weight = (
             _compare(products, cells, largest) if products else _Product(None, 0.0)
             for products in _products(replay, results, (x, w, g))
