@@ -480,8 +480,8 @@ def test_an_evaluation_in_mid_trial_runs_and_compiles_the_leader_only(
             leaders.add(leader)
             active.add(tuple(type(x) for x in auto.module.layers[0].children()))
     assert len(active) >= 4
-    # At first the per-layer plan led, and in the end the one that was kept.
-    assert len(leaders) == 2
+    # At first the per-layer plan led, in the end the one that was kept, and few between.
+    assert 2 <= len(leaders) <= 3
     assert evaluate(auto) in leaders
 
 
