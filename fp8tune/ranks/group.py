@@ -6,17 +6,16 @@ group comes to each of these in this order. A rank that does not come lets the o
 raise within the group's timeout, with its number.
 """
 
-import gc
 import pickle
 import zlib
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from fp8tune.errors import ConfigError, RankMismatchError
+from fp8tune.garbage import no_collection
 from fp8tune.ranks.exchange import Exchange
 
 __all__ = ["Ranks", "pack", "unpack"]
@@ -207,20 +206,8 @@ def unpack(packed: Sequence[bytes]) -> list[Any]:
     Hundreds of ranks hold the same layers, whose records take most of the time.
     """
     seen: dict[bytes, Any] = {}
-    with _no_garbage_collection():
+    with no_collection():
         return [_unpack(x, seen) for x in packed]
-
-
-@contextmanager
-def _no_garbage_collection() -> Generator[None]:
-    # Each of many new objects would make Python search all of them for garbage again.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _unpack(data: bytes, seen: dict[bytes, Any]) -> Any:

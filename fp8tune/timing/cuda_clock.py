@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import time
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from fp8tune.garbage import no_collection
 from fp8tune.timing.warming import warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
     from fp8tune.decision.records import Signature
     from fp8tune.timing.clock import Work
@@ -133,7 +132,7 @@ class CudaClock:
             self._begin(item)
         together = self._block_ms(work) <= self._LONGEST_BLOCK_MS
         batches = [work] if together else [[item] for item in work]
-        with torch.cuda.device(self.device), _without_garbage_collection():
+        with torch.cuda.device(self.device), no_collection():
             return [x for batch in batches for x in self._time_batch(batch)]
 
     def _block_ms(self, work: Sequence[Work]) -> float:
@@ -262,18 +261,6 @@ def _milliseconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
-
-
-@contextmanager
-def _without_garbage_collection() -> Generator[None]:
-    """A full collection takes the CPU longer than any batch."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _why_gaps() -> str:

@@ -17,16 +17,17 @@ ROOT = Path(__file__).parents[2]
 _COUNT_PROCESSES = """
 import sys
 import torch
-from fp8tune.compiling.vector_isa import listed_by_cpu, prepare_inductor
+from fp8tune.compiling.vector_isa import prepare_inductor
 
 started = []
 sys.addaudithook(lambda name, _: name == "subprocess.Popen" and started.append(name))
-prepare_inductor({}, torch.device("cpu"))
+if sys.argv[1] == "prepared":
+    prepare_inductor({}, torch.device("cpu"))
 ahead = len(started)
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 usable = valid_vec_isa_list()
 prepare_inductor({}, torch.device("cpu"))
-print(ahead, len(started), len(listed_by_cpu()), len(usable))
+print(ahead, len(started), *("+".join(str(x).split()) for x in usable))
 """
 
 _SAY_IF_ASKED = """
@@ -56,11 +57,22 @@ def output_of(code: str, *arguments: str, cache: Path, **also: str) -> list[str]
 
 
 @needs_x86
-def test_inductor_asks_no_more_of_the_cpu_once_it_is_prepared(tmp_path: Path) -> None:
-    counts = map(int, output_of(_COUNT_PROCESSES, cache=tmp_path))
-    ahead, at_all, listed, usable = counts
-    assert ahead == at_all  # what Inductor asks itself is answered already
-    assert ahead >= 2 * listed >= 2 * usable > 0  # each is built, and loaded
+@pytest.mark.slow
+def test_one_set_is_tried_and_inductor_has_all_that_work(tmp_path: Path) -> None:
+    ahead, at_all, *granted = output_of(_COUNT_PROCESSES, "prepared", cache=tmp_path)
+    assert int(ahead) == int(at_all) >= 2  # built, loaded; Inductor itself asks no more
+    _, one_by_one, *tried = output_of(_COUNT_PROCESSES, "not", cache=tmp_path)
+    assert granted == tried != []
+    assert int(one_by_one) > int(at_all) or len(tried) == 1
+
+
+_COUNT_AHEAD = _COUNT_PROCESSES.partition("from torch._inductor")[0] + "print(ahead)"
+
+
+@needs_x86
+def test_nothing_is_tried_ahead_where_a_set_was_chosen(tmp_path: Path) -> None:
+    chosen = {"ATEN_CPU_CAPABILITY": "avx2"}
+    assert output_of(_COUNT_AHEAD, "prepared", cache=tmp_path, **chosen) == ["0"]
 
 
 @needs_x86
