@@ -81,10 +81,8 @@ PLACES = {
     ),
     "torch._dynamo.guards": "torch._dynamo.guards DeletedGuardManagerWrapper",
     "torch._inductor": "torch._inductor list_mode_options",
-    "torch._inductor.codecache": "torch._inductor.codecache PyCodeCache",
     "torch._inductor.compile_fx": "torch._inductor.compile_fx compile_fx",
     "torch._inductor.config": "torch._inductor config",
-    "torch._inductor.cpp_builder": "torch._inductor.cpp_builder CppBuilder",
     "torch._inductor.cpu_vec_isa": (
         "torch._inductor.cpu_vec_isa supported_vec_isa_list.__len__"
     ),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fp8tune.garbage import no_collection
 from fp8tune.timing.operands import Operands
 from fp8tune.timing.replay import Replay
 
@@ -55,7 +56,7 @@ def compile_variants(
     for recipe in (None, *recipes):
         work = Replay(operands, recipe, compile_options, config.context, compiled)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), no_collection():  # a compiler makes many objects
                 clock.warm_up([_Once(work)])
         except Exception as error:
             logger.debug("compiling %s failed", work.variant, exc_info=error)
