@@ -26,7 +26,7 @@ from fp8tune.model.sharding import rebase, rebase_subclass, to_local
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["attach", "detach", "is_rerouted", "take_routes"]
+__all__ = ["attach", "detach", "is_rerouted", "stands_in", "take_routes"]
 
 # Casts that an owner may make of its weights before it multiplies; the result is tracked.
 _CASTS = (
@@ -211,15 +211,17 @@ def _let_compiled_calls_be_seen() -> None:
     listed = _overridable()
     if listed is not None:
         listed.add(_GROUPED[0])
-    for operator in _stand_ins():
-        if operator not in _GROUPED:
-            _GROUPED.extend([operator, operator.default])
+    # Transformers' operator, since its version 5, where it is loaded.
+    operator = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if operator is not None:
+        stands_in(operator)
 
 
-def _stand_ins() -> list[Any]:
-    """Transformers' operator, since its version 5, and the benchmark's, where loaded."""
-    found = (
-        getattr(torch.ops.transformers, "grouped_mm_fallback", None),
-        getattr(torch.ops.fp8tune, "grouped_mm", None),
-    )
-    return [x for x in found if x is not None]
+def stands_in(operator: Any) -> None:
+    """From now on calls of this operator are grouped GEMMs too.
+
+    Args:
+        operator: of ``torch.library``, called with input, weight and offs.
+    """
+    if operator not in _GROUPED:
+        _GROUPED.extend([operator, operator.default])
