@@ -65,7 +65,8 @@ def _torch_runs_with(best: Any) -> bool:
 
 
 def _list_sets_untried() -> None:
-    """Inductor keeps the list that it makes now."""
+    """Inductor keeps the list that it makes now, unless the user said what holds."""
     config = importlib.import_module("torch._inductor.config")
-    with config.patch({"cpp.vec_isa_ok": True}):
-        importlib.import_module(_SETS).valid_vec_isa_list()
+    if config.cpp.vec_isa_ok is None:
+        with config.patch({"cpp.vec_isa_ok": True}):
+            importlib.import_module(_SETS).valid_vec_isa_list()

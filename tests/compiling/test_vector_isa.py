@@ -77,11 +77,17 @@ print(valid_vec_isa_list.cache_info().currsize)
 
 
 @needs_x86
-@pytest.mark.parametrize(("capability", "listed"), [("default", "0"), (None, "1")])
-def test_nothing_is_taken_for_granted_that_torch_does_not_run(
-    capability: str | None, listed: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("variables", "listed"),
+    [
+        ({}, "1"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "0"),
+        ({"TORCHINDUCTOR_VEC_ISA_OK": "0"}, "0"),
+    ],
+)
+def test_nothing_is_taken_for_granted_that_torch_or_the_user_denies(
+    variables: dict[str, str], listed: str, tmp_path: Path
 ) -> None:
-    variables = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
     assert output_of(_LIST_AHEAD, cache=tmp_path, **variables) == [listed]
 
 
