@@ -77,9 +77,8 @@ class Operands:
         # The owner of experts may cast them before each call.
         fits = shape.experts > 0 or tensor.dtype == dtype
         if tensor.shape == weight_shape(shape) and fits:
-            return tensor.to(
-                self.device, dtype
-            )  # which is elsewhere where it is offloaded
+            # It is elsewhere where it is offloaded.
+            return tensor.to(self.device, dtype)
         return random_weight(shape, self._generator)
 
     @cached_property
