@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fp8tune.decision.trials import TrialRecord
     from fp8tune.timing.clock import Work
 
+TORCH_2_11 = torch.__version__.startswith("2.11.")
 TORCHAO_0_17 = importlib.metadata.version("torchao").startswith("0.17.")
 needs_mxfp8 = pytest.mark.skipif(
     TORCHAO_0_17, reason="MXFP8Linear came with torchao 0.18"

@@ -3,7 +3,9 @@
 For each set that the CPU lists Inductor builds a small library and loads it in a process of
 its own, one after the other: seconds of the C++ compiler with an empty cache, tenths of a
 second with a full one. That is to find out whether torch was built for the set and the CPU
-runs it, both of which torch tells: its own kernels use it.
+runs it, both of which torch tells: its own kernels use it. What extends such a set, as VNNI
+and AMX, has still to be built, which tells of the compiler; loading it tells nothing more,
+since it needs nothing but instructions that the CPU lists.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +21,7 @@ import torch
 from fp8tune.garbage import no_collection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Mapping
 
 __all__ = ["listed_by_cpu", "prepare_inductor"]
 
@@ -26,6 +29,7 @@ logger = logging.getLogger("fp8tune")
 
 _INDUCTOR = "inductor"
 _SETS = "torch._inductor.cpu_vec_isa"
+_LOAD = "_probe_load"
 
 
 def prepare_inductor(options: Mapping[str, Any], device: torch.device) -> None:
@@ -68,5 +72,19 @@ def _list_sets_untried() -> None:
     """Inductor keeps the list that it makes now, unless the user said what holds."""
     config = importlib.import_module("torch._inductor.config")
     if config.cpp.vec_isa_ok is None:
-        with config.patch({"cpp.vec_isa_ok": True}):
-            importlib.import_module(_SETS).valid_vec_isa_list()
+        module = importlib.import_module(_SETS)
+        with config.patch({"cpp.vec_isa_ok": True}), _built_is_loadable(module.VecISA):
+            module.valid_vec_isa_list()
+
+
+@contextmanager
+def _built_is_loadable(kind: Any) -> Generator[None]:
+    """Older torch loads in the function that builds, where it cannot be left out."""
+    load = vars(kind).get(_LOAD)
+    if load:
+        setattr(kind, _LOAD, lambda *_: True)
+    try:
+        yield
+    finally:
+        if load:
+            setattr(kind, _LOAD, load)

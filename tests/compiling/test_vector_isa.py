@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fp8tune.compiling.vector_isa import listed_by_cpu
+from tests.helpers import TORCH_2_11
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,26 @@ def test_inductor_has_the_sets_that_it_would_have_found(tmp_path: Path) -> None:
     _, one_by_one, *tried = output_of(_COUNT_PROCESSES, "not", cache=tmp_path)
     assert granted == tried != []
     assert int(one_by_one) > int(at_all)
+
+
+_LOADED_IN = """
+import sys
+import torch
+from fp8tune.compiling.vector_isa import prepare_inductor
+
+started = []
+sys.addaudithook(lambda name, x: name == "subprocess.Popen" and started.append(x[0]))
+prepare_inductor({}, torch.device("cpu"))
+from torch._inductor.cpu_vec_isa import VecISA
+print(started.count(sys.executable), VecISA._probe_load.__name__)
+"""
+
+
+@needs_x86
+@pytest.mark.skipif(TORCH_2_11, reason="torch 2.11 loads where it builds")
+def test_what_was_built_is_not_loaded_in_another_process(tmp_path: Path) -> None:
+    """And Inductor's own question is put back."""
+    assert output_of(_LOADED_IN, cache=tmp_path) == ["0", "_probe_load"]
 
 
 _LIST_AHEAD = """
