@@ -82,9 +82,13 @@ def _built_is_loadable(kind: Any) -> Generator[None]:
     """Older torch loads in the function that builds, where it cannot be left out."""
     load = vars(kind).get(_LOAD)
     if load:
-        setattr(kind, _LOAD, lambda *_: True)
+        setattr(kind, _LOAD, _loads)
     try:
         yield
     finally:
         if load:
             setattr(kind, _LOAD, load)
+
+
+def _loads(_set: object, _path: str) -> bool:
+    return True
