@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,23 @@ if TYPE_CHECKING:
 
 __all__ = ["inputs_of", "load_config", "model_of", "parallelize"]
 
-# By their names in the tp_plan of a model; for what holds Linears.
+_gathers = partial(ColwiseParallel, output_layouts=Replicate())
+_splits_input = partial(RowwiseParallel, input_layouts=Replicate())
+
+# By their names in the tp_plan of a model; for what holds Linears. One that is packed, as
+# gate and up are, is split within each part, and so has the same local shape.
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
+    "packed_colwise": ColwiseParallel,
+    "colwise_gather_output": _gathers,
+    "colwise_rep": _gathers,
     "rowwise": RowwiseParallel,
-    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "packed_rowwise": RowwiseParallel,
+    "rowwise_split_input": _splits_input,
+    "rowwise_rep": _splits_input,
 }
+# These leave every rank the whole weight.
+_WHOLE = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"}
 
 
 def load_config(path: str | os.PathLike[str]) -> Any:
@@ -60,6 +72,16 @@ def load_config(path: str | os.PathLike[str]) -> Any:
 
 def model_of(config: Any) -> nn.Module:
     """The language model of a config, or else its bare model; in bfloat16 by default."""
+    kind = _kind_of(config)
+    model: nn.Module = kind.from_config(config, dtype=_dtype_of(config))
+    return model.train()
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    return config.dtype or torch.bfloat16
+
+
+def _kind_of(config: Any) -> Any:
     from transformers import (  # noqa: PLC0415
         AutoModel,
         AutoModelForCausalLM,
@@ -68,17 +90,28 @@ def model_of(config: Any) -> nn.Module:
     )
 
     kinds = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM)
-    fits = [x for x in kinds if type(config) in x._model_mapping]  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-    kind: Any = (*fits, AutoModel)[0]
-    model: nn.Module = kind.from_config(config, dtype=config.dtype or torch.bfloat16)
-    return model.train()
+    return next((x for x in kinds if _maps(x, config)), AutoModel)
+
+
+def _maps(kind: Any, config: Any) -> Any:
+    """What a kind of models makes of a config, or None."""
+    return kind._model_mapping.get(type(config), None)  # noqa: SLF001
 
 
 def inputs_of(config: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What a model of text is called with: ids, and those of the decoder if it has one."""
-    ids = torch.empty(shape, dtype=torch.long, device="meta")
-    encodes = getattr(config, "is_encoder_decoder", False)
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if encodes else {})
+    """What a model is called with.
+
+    Args:
+        config: the model's.
+        shape: of the token ids, and of those of the decoder if there is one too; of a
+            model that takes pixels or sound, the shape of these.
+    """
+    name: str = getattr(_maps(_kind_of(config), config), "main_input_name", "input_ids")
+    is_text = name == "input_ids"
+    dtype = torch.long if is_text else _dtype_of(config)
+    first = torch.empty(shape, dtype=dtype, device="meta")
+    encodes = is_text and getattr(config, "is_encoder_decoder", False)
+    return {name: first} | ({"decoder_input_ids": first} if encodes else {})
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -113,19 +146,18 @@ def _plan_of(model: nn.Module) -> dict[str, ParallelStyle]:
         )
     styles: dict[str, ParallelStyle] = {}
     for pattern, name in own.items():
-        if not _holds_linears(model, pattern):
-            continue
-        if name not in _STYLES:
-            raise ModelError(
-                f"{kind} splits {pattern} by {name!r}, for which torch has no style; plan "
-                "for a function of yours that splits it"
-            )
-        styles[pattern] = _STYLES[name]()
+        for fqn in () if name in _WHOLE else _linears_of(model, pattern):
+            if name not in _STYLES:
+                raise ModelError(
+                    f"{kind} splits {pattern} by {name!r}, for which torch has no style; "
+                    "plan for a function of yours that splits it"
+                )
+            styles[fqn] = _STYLES[name]()
     return styles
 
 
-def _holds_linears(model: nn.Module, pattern: str) -> bool:
-    """Whether a name with * for a number, or for any one part, is that of a Linear."""
+def _linears_of(model: nn.Module, pattern: str) -> list[str]:
+    """The Linears that a name with * for a number, or for any one part, stands for."""
     wanted = pattern.split(".")
 
     def fits(fqn: str) -> bool:
@@ -133,4 +165,4 @@ def _holds_linears(model: nn.Module, pattern: str) -> bool:
         pairs = zip(parts, wanted, strict=False)
         return len(parts) == len(wanted) and all(b in ("*", a) for a, b in pairs)
 
-    return any(fits(fqn) for fqn, _ in named_linears(model))
+    return [fqn for fqn, _ in named_linears(model) if fits(fqn)]

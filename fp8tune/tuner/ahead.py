@@ -25,6 +25,7 @@ from fp8tune.model.candidates import Candidate
 from fp8tune.model.dry_run import dry_run
 from fp8tune.model.example_batch import example_inputs
 from fp8tune.model.linears import named_gemms
+from fp8tune.model.screen import why_not_plain
 from fp8tune.model.sharding import to_local
 from fp8tune.ranks.fake_world import fake_world, named_world, refuse_real_world
 from fp8tune.ranks.group import Ranks
@@ -215,7 +216,9 @@ def _called(
     model: nn.Module, batch: Any, device: torch.device
 ) -> tuple[nn.Module, Capture]:
     args, kwargs = example_inputs(batch, model)
-    watched = [Candidate(fqn, linear) for fqn, linear in named_gemms(model)]
+    watched = [
+        Candidate(fqn, x) for fqn, x in named_gemms(model) if not why_not_plain(x)
+    ]
     return model, dry_run(model, watched, args, kwargs, device)
 
 
