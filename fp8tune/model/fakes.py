@@ -207,10 +207,7 @@ def _without_fsdp(
         cast = partial(_cast_arguments, policy.param_dtype)
         kept["_forward_pre_hooks"][_OURS] = cast
         kept["_forward_pre_hooks"].move_to_end(_OURS, last=False)
-        kept["_forward_pre_hooks_with_kwargs"] = {
-            **kept["_forward_pre_hooks_with_kwargs"],
-            _OURS: True,
-        }
+        kept["_forward_pre_hooks_with_kwargs"][_OURS] = True
     if policy.output_dtype:
         kept["_forward_hooks"][_OURS] = partial(_cast_output, policy.output_dtype)
     return kept

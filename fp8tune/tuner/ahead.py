@@ -20,7 +20,7 @@ from torch import nn
 
 from fp8tune.config import TuneConfig
 from fp8tune.decision.trials import NONE_NEEDED
-from fp8tune.errors import ConfigError, ModelError, in_short
+from fp8tune.errors import ConfigError, Fp8TuneError, ModelError, in_short
 from fp8tune.model.candidates import Candidate
 from fp8tune.model.dry_run import dry_run
 from fp8tune.model.example_batch import example_inputs
@@ -182,8 +182,25 @@ def _run_dry(
         _refuse_unused(sizes)
         return _called(_built(build), batch, device)
     with fake_world(sizes, device.type) as mesh:
-        model = _built(build)
-        return _called(parallelize(model, mesh) or model, batch, device)
+        model = _split(parallelize, _built(build), mesh)
+        return _called(model, batch, device)
+
+
+def _split(parallelize: Parallelize, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    try:
+        returned = parallelize(model, mesh)
+    except Fp8TuneError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"parallelize does not split the model, which has no weights, over the mesh of "
+            f"{mesh.mesh_dim_names} ({in_short(error)}); give world the dimensions that it "
+            "asks for, and leave out of it what needs values or other ranks, such as "
+            "DistributedDataParallel, which changes no shape"
+        ) from error
+    if returned is not None:
+        check_linears(returned)
+    return model if returned is None else returned
 
 
 def _refuse_unused(sizes: Mapping[str, int]) -> None:

@@ -135,6 +135,13 @@ def fsdp_in_bf16(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return fully_shard(model, mesh=mesh["dp"])
 
 
+def fsdp_all_in_bf16(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.blocks:  # pyright: ignore[reportGeneralTypeIssues]
+        fully_shard(block, mesh=mesh["dp"], mp_policy=policy)
+    return fully_shard(model, mesh=mesh["dp"], mp_policy=policy)
+
+
 def tp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return parallelize_module(model, mesh["tp"], TP_PLAN)
 
@@ -158,6 +165,7 @@ ON_TWO: dict[str, Case] = {
     "DDP": (Stack, ddp, {"dp": 2}, None),
     "FSDP2": (checkpointed, fsdp, {"dp": 2}, None),
     "FSDP2 in bfloat16": (checkpointed_reentrantly, fsdp_in_bf16, {"dp": 2}, None),
+    "FSDP2 all in bfloat16": (Stack, fsdp_all_in_bf16, {"dp": 2}, None),
     "TP": (checkpointed, tp, {"tp": 2}, torch.bfloat16),
 }
 ON_FOUR: dict[str, Case] = {

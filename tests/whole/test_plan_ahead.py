@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from fp8tune import (
+    AlreadyCompiledError,
     AutoFloat8,
     ConfigError,
     ModelError,
@@ -252,6 +253,15 @@ def moved() -> nn.Module:
     return Model().to("cpu")
 
 
+def ddp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return DistributedDataParallel(model, device_mesh=mesh)
+
+
+def compiled(model: nn.Module, mesh: DeviceMesh) -> Any:
+    del mesh
+    return torch.compile(model)
+
+
 @pytest.mark.parametrize(
     ("build", "batch", "options", "error", "expected"),
     [
@@ -266,6 +276,34 @@ def moved() -> nn.Module:
         (Model(), BATCH, {}, ModelError, r"cannot be built"),
         ("Model", BATCH, {}, ConfigError, r"build is 'Model'; it must be"),
         (nn.ReLU, BATCH, {}, ModelError, r"holds no nn.Linear"),
+        (
+            Model,
+            BATCH,
+            {"parallelize": tp, "world": {"dp": 2}},
+            ModelError,
+            r"over the mesh of \('dp',\).*'tp'.*give world the dimensions",
+        ),
+        (
+            Model,
+            BATCH,
+            {"parallelize": ddp, "world": 2},
+            ModelError,
+            r"leave out of it.*DistributedDataParallel",
+        ),
+        (
+            Model,
+            BATCH,
+            {"parallelize": compiled, "world": 2},
+            AlreadyCompiledError,
+            r"is compiled already",
+        ),
+        (
+            Model,
+            BATCH,
+            {"parallelize": lambda *_: 3, "world": 2},
+            ModelError,
+            r"module is 3; it must be",
+        ),
         (Model, BATCH, {"device": "mars"}, ConfigError, r"device is 'mars'"),
         (Model, BATCH, {"device": "meta"}, ConfigError, r"device is 'meta'"),
     ],
