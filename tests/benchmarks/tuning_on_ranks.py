@@ -85,7 +85,7 @@ def main(labels: list[str]) -> None:
                     for x in range(2)
                 ]
                 wall, cpu, children = map(list, zip(*found, strict=True))
-                line = f"{label} {name} {max(wall):.1f} s, CPU {sum(cpu):.1f} s"
+                line = f"{label} {name} {max(wall):.2f} s, CPU {sum(cpu):.1f} s"
                 sys.stdout.write(f"{line}, children {sum(children):.1f} s\n")
                 sys.stdout.flush()
 
