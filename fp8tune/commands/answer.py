@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8tune.config import TuneConfig
-from fp8tune.errors import Fp8TuneError
+from fp8tune.errors import CacheError, Fp8TuneError
 from fp8tune.report.describe import layers_word
 from fp8tune.store.runs import load_runs
 
@@ -70,7 +70,13 @@ def require_runs(path: str, min_speedup: float) -> list[Run]:
         NoEntryError: the file holds no run.
         Fp8TuneError, OSError: it cannot be read, or the threshold is wrong.
     """
-    runs = load_runs(path, replace(TuneConfig(), min_speedup=min_speedup))
+    try:
+        runs = load_runs(path, replace(TuneConfig(), min_speedup=min_speedup))
+    except CacheError as error:
+        raise CacheError(
+            f"{path} cannot be read as a cache ({error}); give what cache= of a run "
+            "wrote. A plan is read by Plan.load, and by fp8tune export"
+        ) from error
     if not runs:
         raise NoEntryError(f"{path} holds no run yet")
     return runs

@@ -184,9 +184,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     _add_cache(parser)
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", required=True, help="a .png or .svg file"
-    )
+    _add_output(parser, "a .png or .svg file", required=True)
     _add_run(parser, "--run", "of this run; else of the newest")
     _add_min_speedup(parser)
 
@@ -230,7 +228,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", metavar="CACHE", help="a cache file, to be filled for the run"
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the plan there")
+    _add_output(parser, "write the plan there")
     parser.add_argument(
         "--no-device",
         action="store_true",
@@ -258,9 +256,22 @@ def _add_run(parser: argparse.ArgumentParser, name: str, meaning: str) -> None:
     parser.add_argument(name, metavar="NUMBER", type=values.size, help=meaning)
 
 
+def _add_output(
+    parser: argparse.ArgumentParser, help: str, *, required: bool = False
+) -> None:
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=values.new_file,
+        required=required,
+        help=help,
+    )
+
+
 def _add_html(parser: argparse.ArgumentParser, what: str) -> None:
     help = f"write a page of one file that shows {what}"
-    parser.add_argument("--html", metavar="FILE", help=help)
+    parser.add_argument("--html", metavar="FILE", type=values.new_file, help=help)
 
 
 def _add_min_speedup(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,9 @@
 """What the arguments of commands may be, as argparse reads them."""
 
 import argparse
+from pathlib import Path
 
-__all__ = ["mesh", "shape", "size", "sizes"]
+__all__ = ["mesh", "new_file", "shape", "size", "sizes"]
 
 
 def size(text: str) -> int:
@@ -33,3 +34,15 @@ def mesh(text: str) -> dict[str, int]:
 def sizes(text: str) -> list[int]:
     """Sizes such as 1024,4096, rising and each once."""
     return sorted({size(part) for part in text.split(",")})
+
+
+def new_file(text: str) -> str:
+    """A file to write, of which as much is asked before anything takes time."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"No such file or directory: {text!r}; make the folder {path.parent} first"
+        )
+    return text

@@ -366,6 +366,43 @@ def test_what_cannot_be_a_place_is_one_line_and_exit_code_2(call, cache):
     assert_one_line(call("show", cache), 2, "must be the path of a JSON file, or a URL")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none/a.png", "make the folder none first"),
+        (".", "'.' is a folder; name"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("plan", "train:build", "--batch", "2x8", "-o"),
+        ("plot", "llama.json", "-o"),
+        ("show", "llama.json", "--html"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_done(
+    call, folder, command, name, message
+):
+    del folder
+    assert_one_line(call(*command, name), 2, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"format": "fp8tune-plan"}',
+            "A plan is read by Plan.load, and by fp8tune exp",
+        ),
+        ("hi", "no JSON"),
+    ],
+)
+def test_what_is_no_cache_is_said_with_what_would_be(call, folder, text, message):
+    (folder / "other.json").write_text(text)
+    assert_one_line(call("show", "other.json"), 2, message)
+
+
 def assert_one_line(result, expected, message):
     code, text, errors = result
     assert (code, text) == (expected, "")
