@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def profiled(
 
     Args:
         model_spec: from torchtitan's model_registry; its configs are changed in place.
-        path: where to write the plan, once it is frozen.
+        path: where to write the plan, once it is frozen; a temporary folder takes it
+            where this cannot be written, which is logged.
         recipe: that of AutoFloat8.
         options: the rest of AutoFloat8's.
 
@@ -194,8 +196,24 @@ def _save_when_frozen(auto: AutoFloat8, path: Path) -> None:
             handle.remove()
             unsaved.detach()
             if Ranks().first:
-                auto.plan.save(path)
-                _logger.info("the plan is in %s", path)
+                _save(auto.plan, path)
 
     # After AutoFloat8's own, so in the very forward that freezes the plan.
     handle = auto.module.register_forward_pre_hook(save)
+
+
+def _save(plan: Plan, path: Path) -> None:
+    """Here or elsewhere: an error would end the training of all ranks."""
+    try:
+        plan.save(path)
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix="fp8tune-"))
+        plan.save(folder / path.name)
+        _logger.warning(
+            "the plan cannot be written to %s (%s); it is in %s instead",
+            path,
+            error,
+            folder / path.name,
+        )
+    else:
+        _logger.info("the plan is in %s", path)

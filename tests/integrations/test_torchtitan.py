@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from fp8tune import ConfigError, ExportError, Plan, PlanMismatchError
+from fp8tune import ConfigError, ExportError, Plan, PlanMismatchError, TuneConfig
 from fp8tune.decision.reasons import Reason
 from fp8tune.decision.records import Decision, Verdict
 from fp8tune.integrations.torchtitan import plan_converter, profiled
 from fp8tune.model.linears import normalize_fqn
 from fp8tune.plan.export import export_lines
+from tests.conftest import ScriptedClock
+from tests.helpers import all_faster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,3 +207,24 @@ def test_a_run_that_is_too_short_says_that_there_is_no_plan(
     said = [x.getMessage() for x in caplog.records if x.levelno == logging.WARNING]
     assert any("of 3 warmup steps were seen, nothing was measured" in x for x in said)
     assert f"no plan was written to {tmp_path / 'plan.json'}" in said[-1] + said[0]
+
+
+def test_a_plan_that_cannot_be_written_there_is_elsewhere_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned = profiled(
+        titan.model_registry("debugmodel"),
+        tmp_path / "none" / "plan.json",
+        recipe="bf16",
+        warmup_steps=1,
+        clock=ScriptedClock(all_faster),
+        config=TuneConfig(static_filter="divisible", trial_steps=0),
+    )
+    model = nn.Sequential(nn.Linear(32, 32))
+    tuned.post_optimizer_build_fn(None, [model], SimpleNamespace(pp_enabled=False))
+    for _ in range(2):
+        model(torch.randn(16, 32)).sum().backward()
+    (said,) = [x.getMessage() for x in caplog.records if "cannot be written" in x.msg]
+    elsewhere = Path(said.rsplit(" instead", 1)[0].rsplit(" in ", 1)[1])
+    assert Plan.load(elsewhere).converted_fqns == ["0"]
+    shutil.rmtree(elsewhere.parent)
