@@ -135,6 +135,10 @@ def _rank_main(
 ) -> None:
     world, store, seconds = group
     torch.set_num_threads(1)
+    file = f"{store}-present"
+    present = torch.distributed.FileStore(file, world)  # pyright: ignore[reportPrivateImportUsage]
+    # Before and after, or one that dies early or comes late ends the others' connecting.
+    _wait_for_all(present, "started", rank, world)
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{store}",
@@ -142,6 +146,7 @@ def _rank_main(
         world_size=world,
         timeout=timedelta(seconds=seconds),
     )
+    _wait_for_all(present, "connected", rank, world)
     try:
         answer: object = function(*arguments)
     except Exception as error:  # noqa: BLE001 - the test looks at it
@@ -151,6 +156,11 @@ def _rank_main(
     answers.join_thread()
     # Not destroy_process_group, which may wait for a rank that died.
     os._exit(0)
+
+
+def _wait_for_all(store: Any, what: str, rank: int, world: int) -> None:
+    store.set(f"{what} {rank}", "")
+    store.wait([f"{what} {x}" for x in range(world)], timedelta(seconds=60))
 
 
 class Ranks:
