@@ -62,12 +62,15 @@ def load_config(path: str | os.PathLike[str]) -> Any:
     with needs("transformers"):
         from transformers import AutoConfig  # noqa: PLC0415 - takes seconds
     try:
-        return AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(path))
     except Exception as error:
         raise ConfigError(
             f"{path} is no config of a model that Transformers knows ({in_short(error)}); "
             "give the config.json of one"
         ) from error
+    # Training keeps no keys and values, and not every layer can.
+    config.use_cache = False
+    return config
 
 
 def model_of(config: Any) -> nn.Module:

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from transformers import (
     BertConfig,
     DeepseekV3Config,
+    JambaConfig,
     Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
@@ -62,6 +63,8 @@ LLAMA4 = Llama4TextConfig(
     num_local_experts=4,
     pad_token_id=0,
 )
+# None of its layers has keys and values that a cache could hold.
+JAMBA = JambaConfig(**SMALL, num_key_value_heads=2, num_experts=2, attn_layer_offset=4)
 VIT = ViTConfig(**(SMALL | {"image_size": 32, "patch_size": 16}))
 T5 = T5Config(d_model=64, d_ff=96, d_kv=16, num_layers=1, num_heads=4, vocab_size=128)
 
@@ -126,10 +129,11 @@ def test_pixels_have_the_shape_that_is_given(tmp_path: Path) -> None:
     ("config", "name", "expected"),
     [
         (LLAMA, "model.layers.0.mlp.down_proj", (16, 96, 64)),
+        (JAMBA, "model.layers.0.feed_forward.down_proj", (16, 96, 64)),
         (BertConfig(**SMALL), "bert.encoder.layer.0.output.dense", (16, 96, 64)),
         (T5, "decoder.block.0.layer.2.DenseReluDense.wo", (16, 96, 64)),
     ],
-    ids=["decoder", "encoder", "both"],
+    ids=["decoder", "without attention", "encoder", "both"],
 )
 def test_models_of_text(
     tmp_path: Path, config: Any, name: str, expected: tuple[int, int, int]
