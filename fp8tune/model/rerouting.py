@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from fp8tune.model.experts import GroupedLinear, where_kept
@@ -186,9 +187,13 @@ class _Mode(TorchFunctionMode):
 def _is_same_memory(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether it is all of a weight, or of the part of it that is on this rank."""
     local = to_local(weight) if isinstance(weight, DTensor) else weight
-    if isinstance(tensor, DTensor | FakeTensor) or isinstance(local, FakeTensor):
+    if isinstance(tensor, DTensor) or tensor.numel() != local.numel():
         return False
-    same = tensor.data_ptr() == local.data_ptr() and tensor.numel() == local.numel()
+    if isinstance(tensor, FakeTensor) or isinstance(local, FakeTensor):
+        # Of these only the storage tells them from one another.
+        mine, others = tensor.untyped_storage(), local.untyped_storage()
+        return StorageWeakRef(mine) == StorageWeakRef(others)
+    same = tensor.data_ptr() == local.data_ptr()
     return same and tensor.numel() > 0 and tensor.device == local.device
 
 

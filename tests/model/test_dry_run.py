@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +28,7 @@ from fp8tune.errors import ConfigError, ModelError
 from fp8tune.model.candidates import Candidate
 from fp8tune.model.capture import Capture
 from fp8tune.model.dry_run import dry_run
-from fp8tune.model.linears import named_linears
+from fp8tune.model.linears import named_gemms
 from fp8tune.ranks.fake_world import fake_world, named_world
 from tests.helpers import hooks_of
 
@@ -76,12 +79,44 @@ class Stack(nn.Module):
         return self.out(x)
 
 
+class Experts(nn.Module):
+    """Two grouped GEMMs, K -> N -> K, of the part of the weights that is on this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 64, 32))
+        self.down = nn.Parameter(torch.randn(4, 32, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, down = map(_local, (self.up, self.down))
+        offs = torch.full((up.shape[0],), x.shape[0], dtype=torch.int32)
+        hidden = torch.relu(functional.grouped_mm(x, up.transpose(-2, -1), offs=offs))
+        return functional.grouped_mm(hidden, down.mT, offs=offs)
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class Mixture(nn.Module):
+    """Token ids -> logits, all rows in the first expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(48, 32)
+        self.experts = Experts()
+        self.out = nn.Linear(32, 48)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.experts(self.embed(ids).flatten(0, 1)))
+
+
 def ids() -> torch.Tensor:
     return torch.zeros(2, 8, dtype=torch.long)
 
 
 def candidates_of(module: nn.Module) -> list[Candidate]:
-    return [Candidate(fqn, linear) for fqn, linear in named_linears(module)]
+    return [Candidate(fqn, linear) for fqn, linear in named_gemms(module)]
 
 
 def calls_of(capture: Capture, candidates: list[Candidate]) -> Calls:
@@ -146,6 +181,17 @@ def tp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return parallelize_module(model, mesh["tp"], TP_PLAN)
 
 
+def split_experts(
+    model: nn.Module, mesh: DeviceMesh, *, up: int, down: int
+) -> nn.Module:
+    experts: Any = model.experts
+    for name, dim in (("up", up), ("down", down)):
+        whole = getattr(experts, name)
+        part = distribute_tensor(whole, mesh["tp"], [Shard(dim)], src_data_rank=None)
+        setattr(experts, name, nn.Parameter(part))
+    return model
+
+
 def tp_and_fsdp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return fsdp(tp(model, mesh), mesh)
 
@@ -167,6 +213,8 @@ ON_TWO: dict[str, Case] = {
     "FSDP2 in bfloat16": (checkpointed_reentrantly, fsdp_in_bf16, {"dp": 2}, None),
     "FSDP2 all in bfloat16": (Stack, fsdp_all_in_bf16, {"dp": 2}, None),
     "TP": (checkpointed, tp, {"tp": 2}, torch.bfloat16),
+    "TP of experts": (Mixture, partial(split_experts, up=1, down=2), {"tp": 2}, None),
+    "EP": (Mixture, partial(split_experts, up=0, down=0), {"tp": 2}, None),
 }
 ON_FOUR: dict[str, Case] = {
     "TP": (Stack, tp, {"tp": 4}, None),
@@ -259,7 +307,7 @@ def test_models_of_transformers(build: Callable[[], nn.Module]) -> None:
     inputs = {"input_ids": ids(), "labels": ids(), "use_cache": False}
     in_advance = dryly(model, **inputs)
     assert in_advance == really(model, model, **inputs)
-    assert len(in_advance) == len(list(named_linears(model)))
+    assert len(in_advance) == len(list(named_gemms(model)))
 
 
 def test_torchtitans_llama() -> None:
