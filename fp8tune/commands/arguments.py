@@ -211,8 +211,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--batch",
         metavar="SHAPE",
         type=values.shape,
-        help="what one rank calls the model with, as 2x8192: ids of tokens, or "
-        "activations if the model has no nn.Embedding",
+        help="what one rank calls the model with, as 2x8192: ids of tokens, or if it "
+        "has no nn.Embedding activations; 8x3x224x224 of pixels, if --hf takes these",
     )
     parser.add_argument(
         "--tokens", type=values.size, help="the same as --batch 1xTOKENS"
@@ -259,14 +259,8 @@ def _add_run(parser: argparse.ArgumentParser, name: str, meaning: str) -> None:
 def _add_output(
     parser: argparse.ArgumentParser, help: str, *, required: bool = False
 ) -> None:
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        type=values.new_file,
-        required=required,
-        help=help,
-    )
+    flags, kind = ("-o", "--output"), values.new_file
+    parser.add_argument(*flags, metavar="FILE", type=kind, required=required, help=help)
 
 
 def _add_html(parser: argparse.ArgumentParser, what: str) -> None:
