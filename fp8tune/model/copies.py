@@ -16,6 +16,8 @@ import types
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from torch import nn
+
 from fp8tune.errors import ModelError
 from fp8tune.model.convert import take_back
 from fp8tune.model.experts import where_kept
@@ -24,19 +26,19 @@ from fp8tune.model.rerouting import take_routes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from torch import nn
-
 __all__ = [
     "guard_copies",
     "is_guarded",
     "is_ours",
     "plain_twin",
     "refuse_replica",
+    "registries_of",
 ]
 
 _REDUCE = "__reduce_ex__"
 _REPLICATE = "_replicate_for_data_parallel"
 _OURS = (_REDUCE, _REPLICATE, where_kept)
+_REGISTRIES = {name for name in vars(nn.Module()) if "_hooks" in name}
 
 
 def guard_copies(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -106,9 +108,14 @@ def plain_twin(module: nn.Module) -> Any:
     return twin
 
 
+def registries_of(attributes: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+    """Registries of hooks; the user's own attributes may have such names too."""
+    return {k: v for k, v in attributes.items() if k in _REGISTRIES}
+
+
 def _without_ours(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """A module's attributes; registries of hooks are copied where they hold ours."""
-    registries = {k: v for k, v in attributes.items() if "_hooks" in k and v}
+    registries = registries_of(attributes)
     ours = {
         number
         for hooks in registries.values()

@@ -21,7 +21,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from fp8tune.model.copies import plain_twin
+from fp8tune.model.copies import plain_twin, registries_of
 from fp8tune.model.fake_mode import FakeMode
 from fp8tune.model.sharding import gathered_shape, own_dims, to_local
 
@@ -200,8 +200,7 @@ def _without_fsdp(
     attributes: Mapping[str, Any], policy: MixedPrecisionPolicy
 ) -> dict[str, Any]:
     kept = {k: v for k, v in attributes.items() if not k.startswith(_OF_FSDP)}
-    for name in [k for k in kept if "_hooks" in k and isinstance(kept[k], dict)]:
-        hooks = kept[name]
+    for name, hooks in registries_of(kept).items():
         kept[name] = type(hooks)((k, v) for k, v in hooks.items() if not _of_fsdp(v))
     if policy.param_dtype and policy.cast_forward_inputs:
         cast = partial(_cast_arguments, policy.param_dtype)

@@ -147,10 +147,15 @@ def test_hooks_and_attributes_of_the_users_are_copied(tuned: Tuned) -> None:
     seen: list[str] = []
     auto.module[0].register_forward_hook(lambda *_: seen.append("forward"))
     auto.module[0].note = "mine"
+    auto.module._require_grads_hooks = []  # as a model of Transformers has them
+    numbers = dict.fromkeys(auto.module[0]._forward_hooks, "mine")
+    auto.module[0].user_hooks = numbers
     twin = copy.deepcopy(auto.module)
     twin(torch.ones(1, 32))
     assert seen == ["forward"]
     assert twin[0].note == "mine"
+    assert twin._require_grads_hooks == []
+    assert twin[0].user_hooks == numbers
 
 
 def test_tuning_goes_on_after_a_copy(tuned: Tuned) -> None:
