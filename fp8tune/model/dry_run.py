@@ -23,6 +23,7 @@ from fp8tune.model.outputs import tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import nn
 
@@ -71,7 +72,7 @@ def dry_run(
         inputs = fakes.tree((tuple(args), dict(kwargs)))
         watched = [replace(x, linear=_copy(x.linear, copy_of)) for x in candidates]
         capture = Capture(faked, watched, 0)
-        with fakes.mode, _uncached_autocast(), torch.enable_grad():
+        with fakes.mode, _uncached_autocast(), _no_anomalies(), torch.enable_grad():
             differentiated = _train(faked, *inputs)
     except Exception as error:
         raise ModelError(_WHY.format(error=in_short(error))) from error
@@ -115,3 +116,9 @@ def _uncached_autocast() -> Generator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+def _no_anomalies() -> AbstractContextManager[Any]:
+    """Anomaly detection looks for NaN among values."""
+    check = torch.is_anomaly_check_nan_enabled()
+    return torch.autograd.set_detect_anomaly(mode=False, check_nan=check)

@@ -42,6 +42,10 @@ class SameKeys(nn.Module):
 
     def _attach(self) -> None:
         own, module = vars(self), self.module
+        # Half built is the copy of a model that holds the wrapper, such as its forward,
+        # which accelerate keeps on what it wraps. Then all is asked of the model.
+        if "_parameters" not in vars(module):
+            return
         for name in _SHARED:
             own[name] = vars(module)[name]
         shown = _signature_of(module)

@@ -158,6 +158,16 @@ def test_hooks_and_attributes_of_the_users_are_copied(tuned: Tuned) -> None:
     assert twin[0].user_hooks == numbers
 
 
+def test_a_model_that_holds_its_wrapper_can_be_copied(tuned: Tuned) -> None:
+    auto = tuned("warmup")
+    auto.kept = auto.forward  # on the model, as accelerate keeps the forward
+    twin = copy.deepcopy(auto.module)
+    assert twin.kept.__self__ is not auto
+    x = torch.randn(4, 32)
+    assert torch.equal(twin.kept(x), bare()(x))
+    assert len(list(twin.kept.__self__.parameters())) == 4
+
+
 def test_tuning_goes_on_after_a_copy(tuned: Tuned) -> None:
     auto = tuned("warmup")
     copy.deepcopy(auto)

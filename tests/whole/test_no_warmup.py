@@ -87,6 +87,31 @@ def test_the_first_step_runs_compiled(through: str) -> None:
     assert all(x.grad is not None for x in model.parameters())
 
 
+@pytest.mark.parametrize("what", ["its own forward", "hooks of its own"])
+def test_a_model_that_holds_what_others_put_on_it_runs_dry(what: str) -> None:
+    model = Model()
+    auto = auto_of(model, compile=EAGER_BACKEND)
+    if what == "hooks of its own":  # as Transformers keeps those of checkpointing
+        model._require_grads_hooks = []
+    else:  # as accelerate keeps what it replaces; it is set on the model
+        auto._original_forward = auto.forward
+    step(auto)
+    assert auto.frozen
+    assert model.eager == 0
+
+
+@pytest.mark.parametrize("check_nan", [True, False])
+def test_anomalies_are_looked_for_in_real_steps_only(check_nan: bool) -> None:
+    model = Model()
+    auto = auto_of(model, compile=EAGER_BACKEND)
+    with torch.autograd.set_detect_anomaly(mode=True, check_nan=check_nan):
+        step(auto)
+        assert torch.is_anomaly_enabled()
+        assert torch.is_anomaly_check_nan_enabled() == check_nan
+    assert auto.frozen
+    assert model.eager == 0
+
+
 @pytest.mark.parametrize("script", [all_faster, widening])
 def test_the_plan_is_that_of_a_warmup(script: Any) -> None:
     plans = []
