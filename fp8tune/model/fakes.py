@@ -35,6 +35,8 @@ _T = TypeVar("_T")
 # What fully_shard leaves on a module besides its hooks.
 _OF_FSDP = ("__composable_api", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
+_OF_MODULES = set(vars(nn.Module()))
+
 _NO_POLICY = MixedPrecisionPolicy()
 
 
@@ -66,12 +68,11 @@ class Fakes:
         with _off_the_record():
             self._copy_weights(module, memo)
         with _off_the_record(), _CopiesFaked(self._tensor):
-            shells = list(_shells(module))
-            memo |= {id(original): shell for original, shell, _ in shells}
-            for _, shell, attributes in shells:
-                vars(shell).update(copy.deepcopy(attributes, memo))
-            faked = copy.deepcopy(module, memo)
-        return faked, lambda part: memo[id(part)]
+            try:
+                faked, copies = _deepcopy(module, dict(memo))
+            except Exception:  # noqa: BLE001 - raised again where nothing helps
+                faked, copies = _deepcopy(module, memo | _uncopied(module, memo))
+        return faked, lambda part: copies[id(part)]
 
     def _copy_weights(self, module: nn.Module, memo: dict[int, Any]) -> None:
         policies = _policies(module)
@@ -170,6 +171,30 @@ def _keep_mesh(tensor: torch.Tensor, memo: dict[int, Any]) -> None:
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
         memo[id(mesh)] = mesh
+
+
+def _deepcopy(
+    module: nn.Module, memo: dict[int, Any]
+) -> tuple[nn.Module, dict[int, Any]]:
+    shells = list(_shells(module))
+    memo |= {id(original): shell for original, shell, _ in shells}
+    for _, shell, attributes in shells:
+        vars(shell).update(copy.deepcopy(attributes, memo))
+    return copy.deepcopy(module, memo), memo
+
+
+def _uncopied(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    """What has no copies: locks, files, process groups, generators. The copy gets the same."""
+    found: dict[int, Any] = {}
+    for child in reversed(
+        list(module.modules())
+    ):  # parts first, of which others are made
+        for value in [v for k, v in vars(child).items() if k not in _OF_MODULES]:
+            try:
+                copy.deepcopy(value, {**memo, **found})
+            except Exception:  # noqa: BLE001 - whatever its class raises
+                found[id(value)] = value
+    return found
 
 
 class _Passes(nn.Module):

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
@@ -40,6 +41,9 @@ _GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
 # The two factors stand behind the summand there.
 _WITH_SUMMAND = ("addmm", "baddbmm")
+
+# Weights of lazy modules before their first forward compute nothing by themselves.
+_PLAIN = (torch.Tensor, nn.Parameter, UninitializedParameter, UninitializedBuffer)
 
 _BATCHED = ("bmm", "baddbmm")
 
@@ -123,7 +127,7 @@ class _Mode(TorchDispatchMode):
         if FakeTensor in types:
             return func(*args, **(kwargs or {}))
         # Another subclass, such as DTensor, comes back with what it computes with.
-        subclasses = [x for x in types if x not in (torch.Tensor, nn.Parameter)]
+        subclasses = [x for x in types if x not in _PLAIN]
         if subclasses and isinstance(func, torch._ops.OpOverload):  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
             return NotImplemented
         found = func(*args, **(kwargs or {}))

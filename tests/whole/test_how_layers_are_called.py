@@ -54,6 +54,18 @@ def test_the_input_of_a_call_by_keyword_is_what_is_timed() -> None:
     assert not measurement.synthetic
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_lazy_linear_has_its_shape_after_the_first_forward(
+    scripted_clock: type, steps: int
+) -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 8))
+    clock = scripted_clock(all_faster)
+    auto = AutoFloat8(model, recipe="bf16", warmup_steps=steps, clock=clock)
+    train(auto, 4)
+    assert auto.plan["1"].signatures[0][0].shape.m == 8
+    assert model[0].weight.shape == (16, 32)
+
+
 class WithTeacher(nn.Module):
     """A student, and in the same forward a teacher that is not differentiated."""
 

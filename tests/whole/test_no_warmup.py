@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,35 @@ def test_a_model_that_holds_what_others_put_on_it_runs_dry(what: str) -> None:
     step(auto)
     assert auto.frozen
     assert model.eager == 0
+
+
+@pytest.mark.parametrize("make", [threading.Lock, torch.Generator])
+def test_what_has_no_copies_is_shared_with_the_dry_run(make: Any) -> None:
+    model = Model()
+    model.up.own = [make()]
+    auto = auto_of(model, compile=EAGER_BACKEND)
+    step(auto)
+    assert auto.frozen
+    assert model.eager == 0
+
+
+class Drawing(Model):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = torch.Generator()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.rand(x.shape, generator=self.source)
+
+
+def test_a_generator_of_the_models_own_is_not_drawn_from() -> None:
+    once, tuned = Drawing(), Drawing()
+    step(once)
+    step(auto_of(tuned))
+    assert tuned.eager == 1
+    assert torch.equal(once.source.get_state(), tuned.source.get_state())
 
 
 @pytest.mark.parametrize("check_nan", [True, False])
