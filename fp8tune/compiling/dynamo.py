@@ -36,7 +36,7 @@ class _Account:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection of garbage may end a trial within
         self._open = 0
         self._base: dict[str, int] = {}
 
@@ -114,6 +114,7 @@ class CompiledPlans:
         self._active: object = None
         self._thread: int | None = None
         self.count = 0
+        _remove_left_hooks()
         note = weakref.WeakMethod(self._note)
         hook = _on_compilation(functools.partial(_call, note))
         _ACCOUNT.enter()
@@ -151,6 +152,7 @@ class CompiledPlans:
     def close(self) -> None:
         """Stop watching; the last to close puts the limits back."""
         self._stop()
+        _remove_left_hooks()
 
 
 def _call(method: weakref.WeakMethod[Callable[..., None]], *arguments: Any) -> None:
@@ -159,10 +161,21 @@ def _call(method: weakref.WeakMethod[Callable[..., None]], *arguments: Any) -> N
         found(*arguments)
 
 
+# Of trials that are over; by now they call nothing.
+_LEFT_HOOKS: list[RemovableHandle] = []
+
+
 def _stop(hook: RemovableHandle | None) -> None:
+    # Not removed here: a collection of garbage may have called this while Dynamo goes
+    # through its hooks, of which none may go away meanwhile.
     if hook is not None:
-        hook.remove()
+        _LEFT_HOOKS.append(hook)
     _ACCOUNT.leave()
+
+
+def _remove_left_hooks() -> None:
+    while _LEFT_HOOKS:
+        _LEFT_HOOKS.pop().remove()
 
 
 def _on_compilation(note: Callable[[Any, Any], None]) -> RemovableHandle | None:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from torch._dynamo import convert_frame
 
 from fp8tune.compiling.dynamo import CompiledPlans, compile_without_limit
 
@@ -71,6 +72,26 @@ def test_two_hundred_abandoned_trials_leave_the_limits_as_they_were():
         CompiledPlans()
     gc.collect()
     assert limits() == before
+
+
+def test_a_trial_that_is_collected_while_dynamo_compiles_disturbs_nothing():
+    CompiledPlans().close()
+    before = len(convert_frame._bytecode_hooks)
+    trials = [CompiledPlans()]
+
+    def collect(code, compiled):
+        trials.clear()
+        gc.collect()
+
+    hooks = (collect, lambda *_: None)  # of which the second comes after it
+    handles = [convert_frame.register_bytecode_hook(x) for x in hooks]
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="eager")
+    assert compiled(torch.zeros(3)).sum() == 3
+    for handle in handles:
+        handle.remove()
+    assert trials == []
+    CompiledPlans().close()
+    assert len(convert_frame._bytecode_hooks) == before
 
 
 def test_a_trial_may_end_while_a_benchmark_compiles_without_limit():
