@@ -186,12 +186,12 @@ def _deepcopy(
 def _uncopied(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
     """What has no copies: locks, files, process groups, generators. The copy gets the same."""
     found: dict[int, Any] = {}
-    for child in reversed(
-        list(module.modules())
-    ):  # parts first, of which others are made
+    known = {**memo, **{id(x): shell for x, shell, _ in _shells(module)}}
+    # Parts first, of which others are made.
+    for child in reversed(list(module.modules())):
         for value in [v for k, v in vars(child).items() if k not in _OF_MODULES]:
             try:
-                copy.deepcopy(value, {**memo, **found})
+                copy.deepcopy(value, {**known, **found})
             except Exception:  # noqa: BLE001 - whatever its class raises
                 found[id(value)] = value
     return found

@@ -226,7 +226,7 @@ def stands_in(operator: Any) -> None:
     """From now on calls of this operator are grouped GEMMs too.
 
     Args:
-        operator: of ``torch.library``, called with input, weight and offs.
+        operator: a custom one of torch's, called with input, weight and offs.
     """
     if operator not in _GROUPED:
         _GROUPED.extend([operator, operator.default])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -314,6 +315,27 @@ def test_what_cannot_be_planned_is_said_with_the_way_out(
     with pytest.raises(error, match=expected) as caught:
         plan_ahead(build, batch, recipe="bf16", **options)
     assert "\n" not in str(caught.value)
+
+
+class Ordered(Model):
+    """Calls its blocks by a list of its own, and holds what has no copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = list(self.blocks)
+        self.lock = threading.Lock()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.order:
+            x = block(x)
+        return self.out(x)
+
+
+def test_what_has_no_copies_is_no_reason_to_run_sharded_parts_for_real() -> None:
+    options: Any = {"recipe": "bf16", "parallelize": fsdp, "world": {"dp": 2}}
+    layers = {x.fqn: x for x in layers_ahead(Ordered, BATCH, **options)}
+    assert layers["blocks.1.down"].calls[0][0].shape.m == 32
 
 
 def test_calls_are_known_without_timing() -> None:
